@@ -1,0 +1,191 @@
+"""The training options, typed, in one place; presets beside this file; the command line wins.
+
+A preset is a Python file of plain assignments. `load_config(["config/lpa_370m.py", "--max_steps=100"])` reads the
+presets from left to right, puts what they assign in front of the user's own arguments, and lets one parser check both.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import tyro
+
+from model import GPTConfig
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something the user can mend. Scripts print it without a traceback and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that train.py reads; the model's options (GPTConfig) are flags of the same command line."""
+
+    gpt: Annotated[GPTConfig, tyro.conf.arg(name="")] = field(default_factory=GPTConfig)
+
+    # Data. A step sees tokens_per_step tokens, whatever the number of ranks; accumulation follows from it.
+    dataset: str = "pystdlib"
+    """A corpus below data/, or the path of a folder that holds meta.json and its shards."""
+    batch_size: int = 8
+    """Sequences per rank and micro-step."""
+    tokens_per_step: int | None = None
+    """Tokens per optimizer step over all ranks; None = one micro-step on every rank."""
+
+    # Schedule
+    max_steps: int = 1000
+    """Optimizer steps of the whole schedule."""
+    stop_step: int | None = None
+    """Stop early after this step, under an unchanged schedule."""
+    learning_rate: float = 1e-3
+    """The peak, reached after warmup_steps."""
+    min_lr: float = 0.0
+    """Where the schedule ends."""
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine, or warm-up, stable, decay: constant, then linear to min_lr over the last decay_share."""
+    decay_share: float = 0.2
+    """Share of max_steps in which 'wsd' decays."""
+
+    # Optimizer
+    weight_decay: float = 0.0
+    """Decoupled decay of the matrices; factors take half of it each, so that their product decays like a matrix."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+
+    # Machine
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of matrix products, under autocast; weights and optimizer state are float32."""
+    compile: Literal["auto", "off", "model", "block"] = "auto"
+    """torch.compile of the whole model or of one block; auto = see hardware.choose_compile."""
+
+    # Run
+    out_dir: str = "out/run"
+    seed: int = 1
+    eval_interval: int = 250
+    """Steps between evaluations; 0 = only at the end."""
+    eval_tokens: int | None = None
+    """Validation tokens an evaluation reads, always the same ones; None = the whole split."""
+    log_interval: int = 10
+    save_interval: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    resume: Literal["never", "auto", "must"] = "never"
+    """auto = go on where out_dir holds a checkpoint; a bare --resume means must."""
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "max_steps", "learning_rate", "log_interval", "save_interval")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted above 0")
+        for name in ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr is {self.min_lr}, wanted at most learning_rate = {self.learning_rate}")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, wanted at most max_steps = {self.max_steps}")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share is {self.decay_share}, wanted above 0 and at most 1")
+
+
+def load_config(arguments: list[str], options: type[T] = TrainConfig, description: str | None = None) -> T:
+    """Preset files, then `--key=value` arguments -> options. Raises UserError in one line where they are wrong."""
+    settings: dict[str, Any] = {}
+    while arguments and arguments[0].endswith(".py"):
+        settings |= read_preset(arguments[0])
+        arguments = arguments[1:]
+    return parse([*as_arguments(settings), *arguments], options, description)
+
+
+def read_preset(path: str) -> dict[str, Any]:
+    """What a preset assigns, by name; the modules and functions it imports are not options."""
+    if not Path(path).is_file():
+        presets = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py")))
+        raise UserError(f"no preset file {path}; config/ has {presets}")
+    assigned = runpy.run_path(path)
+    return {k: v for k, v in assigned.items() if k[0] != "_" and not isinstance(v, ModuleType) and not callable(v)}
+
+
+def as_arguments(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """{'n_layer': 2, 'lowdim': {'q': 8}} -> ['--n_layer=2', '--lowdim.q=8']"""
+    arguments = []
+    for name, value in settings.items():
+        nested = isinstance(value, dict)
+        arguments += as_arguments(value, f"{prefix}{name}.") if nested else [f"--{prefix}{name}={value}"]
+    return arguments
+
+
+def parse(arguments: list[str], options: type[T], description: str | None = None) -> T:
+    """tyro's parser with bare flags (--wandb, --resume), lower-case booleans, and errors of one line."""
+    flags = boolean_names(options)
+    bare = {**dict.fromkeys(flags, "True"), "resume": "must"}
+    written = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in bare and not equals and following.startswith("--"):
+            argument = f"--{name}={bare[name]}"
+        elif name in flags and value in ("true", "false"):
+            argument = f"--{name}={value.title()}"
+        written.append(argument)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            style = (tyro.conf.FlagConversionOff,)
+            return tyro.cli(options, args=written, description=description, use_underscores=True, config=style)
+    except ValueError as error:  # from the __post_init__ of a nested dataclass
+        raise UserError(str(error)) from None
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        raise UserError(in_one_line(complaint.getvalue())) from None
+
+
+def boolean_names(options: type) -> set[str]:
+    """Names of the boolean options, those of nested dataclasses too."""
+    names = set()
+    for option in dataclasses.fields(options):
+        kind = get_args(option.type)[0] if get_origin(option.type) is Annotated else option.type
+        if dataclasses.is_dataclass(kind):
+            names |= boolean_names(kind)
+        elif kind is bool:
+            names.add(option.name)
+    return names
+
+
+def in_one_line(box: str) -> str:
+    """The message inside the box that tyro draws, and the names it suggests."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    ends = [i for i, line in enumerate(lines) if line.startswith(("Perhaps you meant", "Argument"))]
+    start = ends[0] if ends else len(lines)
+    message = " ".join(line for line in lines[:start] if line and not line.startswith("For full helptext"))
+    message = re.sub(r"^Error parsing (?!--)\w+: ", "", message)
+    names = [line.split()[0] for line in lines[start:] if line.startswith("--")]
+    if names and not lines[start].startswith("Argument helptext"):
+        message += f"; perhaps you meant {' or '.join(names[:3])}"
+    return message
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Around a script's main: what the user can mend is one line on rank 0 and exit code 2, not a traceback."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
