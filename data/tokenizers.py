@@ -1,0 +1,185 @@
+"""Text to token ids and back: by bytes, by characters, or by byte pairs (BPE).
+
+Each kind has
+    vocab_size, end_of_text      the number of ids; the id that ends a document, or None
+    encode(text)                 a list of ids; what looks like a special token in the text is ordinary text
+    encode_array(text)           the same as an array
+    decode(ids)                  text; bytes that are not UTF-8 become the replacement character
+    decode_bytes(id)             the bytes of one token, for output as it comes
+    save(folder)                 writes what it needs there and returns the spec, a dict for JSON
+and load_tokenizer(folder, spec) makes it again without a network.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from config import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's way to split text into words before merging, in the form that tiktoken runs fastest.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+RANKS_FILE = "tokenizer.tiktoken"
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8. Byte 255 occurs in no UTF-8 text, so it can end documents without a 257th id."""
+
+    vocab_size = 256
+    end_of_text = 255
+
+    def encode(self, text: str) -> list[int]:
+        return list(as_utf8(text))
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(as_utf8(text), dtype=np.uint8)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(map(self.decode_bytes, ids)).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, token: int) -> bytes:
+        return END_OF_TEXT.encode() if token == self.end_of_text else bytes([token])
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return {"kind": "byte", "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+
+
+class CharTokenizer:
+    """The characters of one corpus, in the order of their code points."""
+
+    end_of_text = None
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = sorted(characters)
+        self.vocab_size = len(self.characters)
+        self.ids = np.full(0x110000, -1, dtype=np.int32)  # by code point
+        self.ids[[ord(character) for character in self.characters]] = np.arange(self.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Raises UserError naming the characters that it does not know."""
+        ids = self.ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
+        if (ids < 0).any():
+            unknown = sorted(set(text) - set(self.characters))
+            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            raise UserError(
+                f"the tokenizer has no {' '.join(map(repr, unknown[:10]))}{more}; "
+                f"it knows the {self.vocab_size} characters of its corpus"
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.characters[token] for token in ids)
+
+    def decode_bytes(self, token: int) -> bytes:
+        return self.characters[token].encode()
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return {"kind": "char", "vocab_size": self.vocab_size, "characters": "".join(self.characters)}
+
+
+class BPETokenizer:
+    """Byte pairs with tiktoken: one of its encodings, or one trained on the corpus; its last id is the end of text."""
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], end_of_text: int) -> None:
+        self.name, self.pattern, self.ranks, self.end_of_text = name, pattern, ranks, end_of_text
+        special = {END_OF_TEXT: end_of_text}
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.vocab_size = self.encoding.n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return self.encoding.encode_to_numpy(as_utf8(text).decode(), disallowed_special=())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.encoding.decode(list(ids))
+
+    def decode_bytes(self, token: int) -> bytes:
+        return self.encoding.decode_single_token_bytes(token)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
+        contents = b"".join(lines)
+        (folder / RANKS_FILE).write_bytes(contents)
+        spec = {"kind": "bpe", "name": self.name, "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+        return {**spec, "pattern": self.pattern, "sha256": hashlib.sha256(contents).hexdigest()}
+
+
+Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
+
+
+def load_tokenizer(folder: Path | str, spec: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that save(folder) described. Raises UserError where its file is missing or another one."""
+    if spec["kind"] == "byte":
+        return ByteTokenizer()
+    if spec["kind"] == "char":
+        return CharTokenizer(spec["characters"])
+    if spec["kind"] != "bpe":
+        raise UserError(f"{folder} has a tokenizer of kind {spec['kind']!r}, wanted 'byte', 'char' or 'bpe'")
+    path = Path(folder) / RANKS_FILE
+    contents = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(contents).hexdigest() != spec["sha256"]:
+        state = "is not the file that was saved" if contents else "is missing"
+        raise UserError(f"{path} {state}, wanted sha256 {spec['sha256'][:16]}...")
+    pairs = [line.split() for line in contents.splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    return BPETokenizer(spec["name"], spec["pattern"], ranks, spec["end_of_text"])
+
+
+def tiktoken_encoding(name: str) -> BPETokenizer:
+    """One of tiktoken's own, such as gpt2. Raises UserError where its files cannot be had."""
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as error:
+        raise UserError(
+            f"cannot download the vocabulary {name} ({type(error).__name__}); without a network set TIKTOKEN_CACHE_DIR "
+            f"to a folder with tiktoken's cached files, or use --tokenizer=byte"
+        ) from None
+    return BPETokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding.eot_token)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A byte-level BPE as GPT-2's, end of text included in vocab_size. Raises UserError where the texts are too few."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("training a BPE needs: pip install tokenizers") from None
+    if vocab_size < 257:
+        raise UserError(f"a BPE of {vocab_size} ids, wanted 257 or more: the bytes and the end of text")
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = words
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=words.alphabet(), special_tokens=[], show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    byte_of = byte_of_printable()
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in bpe.get_vocab().items()}
+    if len(ranks) < vocab_size - 1:
+        raise UserError(f"the train split gives a BPE of at most {len(ranks) + 1} ids, wanted {vocab_size}")
+    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+    return BPETokenizer(f"bpe:{vocab_size}", GPT2_PATTERN, ranks, vocab_size - 1)
+
+
+def byte_of_printable() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte -> the byte: itself where it can be seen, else 256, 257, ..."""
+    seen = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
+
+
+def as_utf8(text: str) -> bytes:
+    """JSON can hold half a surrogate pair, which UTF-8 cannot: it becomes the replacement character."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
