@@ -9,9 +9,7 @@ and leaves the feed-forward dense. `lowdim` gives every sublayer a rank of its o
 Shapes: B batch, T time, C n_embd, H heads, G key and value heads, D head width, F ffn_dim, R rank, V vocabulary.
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -81,12 +79,12 @@ class GPTConfig:
             raise ValueError(f"heads are {self.head_dim} wide, wanted an even width for pos = 'rope'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, wanted at least 0 and below 1")
-        for sublayer in fields(self.lowdim):
-            rank = getattr(self.lowdim, sublayer.name)
-            if rank < 0:
-                raise ValueError(f"lowdim.{sublayer.name} is {rank}, wanted a rank, or 0 for a dense matrix")
-        if self.lowdim.gate and self.mlp != "swiglu":
-            raise ValueError(f"lowdim.gate is {self.lowdim.gate}, but mlp = '{self.mlp}' has no gate")
+        for name, rank in asdict(self.lowdim).items():
+            if rank and name not in self.sublayers:
+                raise ValueError(f"lowdim.{name} is {rank}, but mlp = '{self.mlp}' has no {name}")
+            if rank and not 0 < rank <= min(self.sublayers[name]):
+                wanted = f"0 (dense) to {min(self.sublayers[name])}, its narrower side"
+                raise ValueError(f"lowdim.{name} is {rank}, wanted a rank from {wanted}")
 
     @property
     def heads_dim(self) -> int:
@@ -106,9 +104,28 @@ class GPTConfig:
             return self.ffn_dim
         return -(-8 * self.n_embd // 48) * 16 if self.mlp == "swiglu" else 4 * self.n_embd
 
+    @property
+    def sublayers(self) -> dict[str, tuple[int, int]]:
+        """Width in and width out of each projection of a block."""
+        kv_dim = self.kv_heads * self.head_dim
+        widths = {
+            "q": (self.n_embd, self.heads_dim),
+            "k": (self.n_embd, kv_dim),
+            "v": (self.n_embd, kv_dim),
+            "o": (self.heads_dim, self.n_embd),
+            "gate": (self.n_embd, self.hidden_dim),
+            "up": (self.n_embd, self.hidden_dim),
+            "down": (self.hidden_dim, self.n_embd),
+        }
+        if self.mlp != "swiglu":
+            del widths["gate"]
+        return widths
+
 
 class Cache(Protocol):
-    """What attention needs of a key-value cache; decode.py has it."""
+    """What the model needs of a key-value cache; decode.py has it. `length` tokens are in it."""
+
+    length: int
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """k, v of the new tokens, each (B, G, T, D) -> those of all tokens so far, and a mask or None."""
@@ -146,8 +163,10 @@ class LowRank(nn.Module):
         return self.B @ self.A
 
 
-def projection(d_in: int, d_out: int, rank: int, bias: bool) -> nn.Module:
-    return LowRank(d_in, d_out, rank, bias) if rank else Dense(d_in, d_out, bias)
+def projection(c: GPTConfig, sublayer: str) -> nn.Module:
+    d_in, d_out = c.sublayers[sublayer]
+    rank = getattr(c.lowdim, sublayer)
+    return LowRank(d_in, d_out, rank, c.bias) if rank else Dense(d_in, d_out, c.bias)
 
 
 def project(x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor]:
@@ -173,9 +192,13 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(c.n_embd)) if c.bias and not self.rms else None
 
     def forward(self, x: Tensor) -> Tensor:
+        # In the precision of x: the kernels sum in float32 by themselves, and autocast would keep float32 copies.
+        weight = self.weight.to(x.dtype)
         if self.rms:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 def rotations(c: GPTConfig, device: torch.device) -> Tensor:
@@ -198,11 +221,7 @@ class Attention(nn.Module):
     def __init__(self, c: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, c.head_dim
-        kv_dim = c.kv_heads * c.head_dim
-        self.q = projection(c.n_embd, c.heads_dim, c.lowdim.q, c.bias)
-        self.k = projection(c.n_embd, kv_dim, c.lowdim.k, c.bias)
-        self.v = projection(c.n_embd, kv_dim, c.lowdim.v, c.bias)
-        self.o = projection(c.heads_dim, c.n_embd, c.lowdim.o, c.bias)
+        self.q, self.k, self.v, self.o = (projection(c, name) for name in "qkvo")
 
     def forward(self, x: Tensor, rotation: Tensor | None, cache: Cache | None = None) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, (self.q, self.k, self.v)))  # (B, T, H, D)
@@ -225,9 +244,8 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = c.mlp
         if c.mlp == "swiglu":
-            self.gate = projection(c.n_embd, c.hidden_dim, c.lowdim.gate, c.bias)
-        self.up = projection(c.n_embd, c.hidden_dim, c.lowdim.up, c.bias)
-        self.down = projection(c.hidden_dim, c.n_embd, c.lowdim.down, c.bias)
+            self.gate = projection(c, "gate")
+        self.up, self.down = projection(c, "up"), projection(c, "down")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swiglu":
@@ -256,8 +274,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model. `model(idx)` gives logits, `model(idx, targets)` the mean loss in nats per token."""
 
-    def __init__(self, c: GPTConfig, seed: int = 1) -> None:
-        """Raises ValueError where vocab_size is None: only the corpus knows it."""
+    def __init__(self, c: GPTConfig, seed: int | None = 1) -> None:
+        """seed=None leaves the weights unfilled, for a checkpoint. Raises ValueError where vocab_size is None."""
         super().__init__()
         if c.vocab_size is None:
             raise ValueError("vocab_size is None, wanted a number of tokens")
@@ -279,27 +297,138 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         rotation = rotations(c, self.lm_head.weight.device) if c.pos == "rope" else None
         self.register_buffer("rotation", rotation, persistent=False)
-        if not self.lm_head.weight.is_meta:
+        if seed is not None and not self.lm_head.weight.is_meta:
             self.init_weights(seed)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, start: int = 0) -> Tensor:
-        """Token ids (B, T) at positions start, start + 1, ... -> logits (B, T, V), or with targets (B, T) the loss.
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V), or with targets (B, T) the mean loss.
 
-        Raises ValueError where the last position is beyond block_size.
+        With a cache, idx follows what is in it, and is in it afterwards. Raises ValueError beyond block_size.
         """
+        start = 0 if cache is None else cache.length
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"position {end} is beyond block_size = {self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.pos == "learned":
             x = x + self.transformer.wpe.weight[start:end]
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as every product rounds it anyway
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
         rotation = self.rotation[:, start:end] if self.rotation is not None else None
         for block in self.transformer.h:
             x = block(x, rotation, cache)
+        if cache is not None:
+            cache.length = end
         if self.config.norm_order == "pre":
             x = self.transformer.norm(x)
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every parameter. A test measures each row of this table.
+
+        s is 0.02, but 0.02 / sqrt(2 n_layer) for o and down, which write the residual stream, unless norm_order is
+        'post': there the norm would erase the scale. It falls on a factored projection once, on the product B A.
+
+        | parameter              | law                                                                              |
+        |------------------------|----------------------------------------------------------------------------------|
+        | wte, wpe, lm_head      | N(0, 0.02)                                                                       |
+        | weight of a Dense      | N(0, s)                                                                          |
+        | A, B, 'spectral'       | that of the truncated SVD of a dense N(0, s) draw, its R singular values split    |
+        |                        | evenly: same largest singular value as dense, fewer of them (arXiv 2105.01029)   |
+        | A, B, 'matched'        | N(0, sqrt(s / sqrt(R))) each: the elements of B A have the variance of a dense draw |
+        | A, B, 'torch'          | U(-a, a), a = 1 / sqrt(width in): PyTorch's default, as the paper's authors used; |
+        |                        | B times s / 0.02                                                                 |
+        | bias                   | 0                                                                                |
+        | weight of a norm       | 1                                                                                |
+        """
+        c, std = self.config, 0.02
+        generator = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        for name, module in self.named_modules():
+            writes_residual = name.endswith((".o", ".down")) and c.norm_order == "pre"
+            s = std / (2 * c.n_layer) ** 0.5 if writes_residual else std
+            if isinstance(module, Dense | nn.Embedding):
+                module.weight.normal_(0, s, generator=generator)
+            elif isinstance(module, LowRank):
+                init_factors(module, c.factor_init, s, std, generator)
+            elif isinstance(module, Norm):
+                module.weight.fill_(1)
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise ValueError(f"no rule to initialise {name}, a {type(module).__name__}")
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
+
+    def n_params(self, embeddings: bool = True) -> int:
+        """Parameters, shared ones once; embeddings=False leaves out wte, wpe and lm_head."""
+        outside = [] if embeddings else ["transformer.wte.", "transformer.wpe.", "lm_head."]
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(tuple(outside)))
+
+    def flops_per_token(self, block_size: int | None = None) -> int:
+        """Matmul and causal attention FLOPs of a forward pass, 2 a multiply-add, at a context of block_size.
+
+        A token attends to (T + 1) / 2 tokens on average, counted as T / 2: q k^T and its product with v together take
+        2 T attn_dim a layer. The head is counted, norms and activations are not. Training takes three times as much.
+        """
+        c = self.config
+        matrices = sum(p.numel() for m in self.modules() if isinstance(m, Dense | LowRank) for p in m.parameters())
+        biases = sum(m.bias.numel() for m in self.modules() if isinstance(m, Dense | LowRank) and m.bias is not None)
+        return 2 * (matrices - biases) + c.n_layer * 2 * (block_size or c.block_size) * c.heads_dim
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+
+def init_factors(layer: LowRank, law: str, s: float, std: float, generator: torch.Generator) -> None:
+    """Fill A (R, C_in) and B (C_out, R) by the laws of GPT.init_weights."""
+    rank, d_in = layer.A.shape
+    d_out = len(layer.B)
+    if law == "matched":
+        for factor in (layer.A, layer.B):
+            factor.normal_(0, (s / rank**0.5) ** 0.5, generator=generator)
+    elif law == "torch":
+        layer.A.uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
+        layer.B.uniform_(-(rank**-0.5), rank**-0.5, generator=generator).mul_(s / std)
+    else:
+        # The singular vectors of a Gaussian matrix are uniform and independent of its singular values, which follow
+        # the Marchenko-Pastur law. So no 4096 x 4096 SVD is needed: two thin QRs and the law's quantiles do.
+        root = (s * singular_values(d_in, d_out, rank)).sqrt().to(layer.A)  # (R,)
+        for factor, width in ((layer.A.T, d_in), (layer.B, d_out)):
+            q, r = torch.linalg.qr(torch.randn(width, rank, device=layer.A.device, generator=generator))
+            factor.copy_(q * r.diagonal().sign() * root)  # the signs make q uniform (arXiv math-ph/0609050)
+
+
+def singular_values(d_in: int, d_out: int, rank: int) -> Tensor:
+    """The largest `rank` singular values of a d_out x d_in matrix of N(0, 1), as quantiles of their limit law."""
+    small, large = sorted((d_in, d_out))
+    ratio = (small / large) ** 0.5
+    # x^2 is Marchenko-Pastur on [1 - ratio, 1 + ratio]; x = 1 - ratio cos(t) takes the square roots out of its ends.
+    t = torch.linspace(0, torch.pi, 20_001, dtype=torch.float64)
+    x = 1 - ratio * t.cos()
+    density = (((1 + ratio) ** 2 - x**2) * (x**2 - (1 - ratio) ** 2)).clamp(min=0).sqrt() / x.clamp(min=1e-12)
+    mass = torch.cumulative_trapezoid(density * ratio * t.sin(), t)
+    mass = mass / mass[-1]
+    quantile = 1 - (torch.arange(rank, dtype=torch.float64) + 0.5) / small
+    return large**0.5 * x[1:][torch.searchsorted(mass, quantile)]
+
+
+def describe(model: GPT) -> str:
+    """A table of a block's sublayers: shape, rank, parameters, FLOPs; and a warning where a rank saves nothing."""
+    c = model.config
+    title = f"GPT: {c.n_layer} layers, {model.n_params():,} parameters, {model.n_params(embeddings=False):,} of them"
+    lines = [f"{title} in the blocks, {model.flops_per_token():,} FLOPs a token forward at T = {c.block_size}"]
+    lines.append(f"{'sublayer':10}{'in':>7}{'out':>8}{'rank':>8}{'parameters':>15}{'of dense':>10}{'FLOPs/token':>15}")
+    warnings = []
+    rows = {name: (*c.sublayers[name], getattr(c.lowdim, name)) for name in c.sublayers}
+    rows["lm_head"] = (c.n_embd, c.vocab_size, 0)
+    for name, (d_in, d_out, rank) in rows.items():
+        params, dense = rank * (d_in + d_out) or d_in * d_out, d_in * d_out
+        shown = rank or "dense"
+        lines.append(f"{name:10}{d_in:7}{d_out:8}{shown:>8}{params:15,}{params / dense:10.0%}{2 * params:15,}")
+        if params >= dense and rank:
+            limit = dense / (d_in + d_out)
+            warnings.append(f"warning: {name} at rank {rank} saves nothing; it would below {limit:.0f}")
+    return "\n".join(lines + warnings)

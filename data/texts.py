@@ -175,10 +175,11 @@ def in_tasks(pieces: Iterable[Piece]) -> Iterator[Task]:
         yield Task(split, rest)
 
 
-# Where cutting changes no token: after a line break or before a space, between characters that are not white space.
-# There GPT-2's pattern, and those of tiktoken's other encodings, begin a new word, whatever comes before and after.
-SAFE_PLACE = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
-LAST_SAFE_PLACE = re.compile(r".*\S(?:\n(?=\S)|(?= \S))", re.DOTALL)
+# Where cutting changes no token: after a line break and before a letter or digit, or before a space, both between
+# characters that are not white space. There the patterns of GPT-2 and of tiktoken's other encodings begin a new word,
+# whatever comes before and after. ("!\n/" can be one word in o200k_base, so a letter it must be.)
+SAFE_PLACE = re.compile(r"(?<=\S\n)(?=\w)|(?<=\S)(?= \S)")
+LAST_SAFE_PLACE = re.compile(r".*\S(?:\n(?=\w)|(?= \S))", re.DOTALL)
 
 
 def cut_safely(pieces: Iterable[Piece]) -> Iterator[Piece]:

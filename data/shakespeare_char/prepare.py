@@ -6,15 +6,17 @@ python -m data.shakespeare_char.prepare --path=input.txt       without a network
 
 import sys
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from config import UserError, parse, user_errors
-from data.texts import cut_by_position
+from data.texts import Piece, cut_by_position
 from data.writing import PrepareOptions, Source, prepare
 
 ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,28 @@ class Options(PrepareOptions):
 
 
 def main(options: Options) -> None:
-    text = read_input(options.path)
-    train_characters = len(text) * 9 // 10
-    identity = {"text": sha256(text.encode()).hexdigest()}
-    prepare(options, Source(lambda: cut_by_position([(text, True)], train_characters), identity, len(text.encode())))
+    prepare(options, Source(lambda: pieces(options.path), {"text": SHA256}))
 
 
-def read_input(path: str | None) -> str:
+def pieces(path: str | None) -> Iterator[Piece]:
+    contents = read_input(path)
+    if sha256(contents).hexdigest() != SHA256:
+        raise UserError(f"{path or ADDRESS} is not Tiny Shakespeare; for other text: python -m data.own_text.prepare")
+    text = contents.decode("utf-8")
+    yield from cut_by_position([(text, True)], len(text) * 9 // 10)
+
+
+def read_input(path: str | None) -> bytes:
     if path is None:
         try:
             with urllib.request.urlopen(ADDRESS, timeout=30) as answer:
-                return answer.read().decode("utf-8")
+                return answer.read()
         except OSError as error:
             raise UserError(f"cannot download {ADDRESS} ({error}); give a local copy with --path=input.txt") from None
     file = Path(path) / "input.txt" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"no file {file}, wanted the text of Tiny Shakespeare")
-    return file.read_text(encoding="utf-8")
+    return file.read_bytes()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,262 @@
+"""A model against its dense twin: counted FLOPs and bytes, measured time and memory.
+
+    python bench.py config/lpa_370m.py --vocab_size=32000 --mode=count          needs no weights in memory
+    python bench.py config/lpa_cpu.py --mode=train                              a training step, alternating
+    python bench.py config/lpa_cpu.py --mode=decode --json                      for other programs
+
+The twin is the same configuration with lowdim = {}, run by the same code with the same flags in the same process; the
+two take turns, so that a machine that slows down slows both. Shapes: B batch, T time.
+"""
+
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import data
+import decode
+import hardware
+import optim
+import train
+from config import TrainConfig, load_config, user_errors
+from model import GPT, GPTConfig, LowDim
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    mode: Literal["count", "train", "eval", "prefill", "decode"] = "count"
+    """Counts only, or the time of a training step, an evaluation step, a prompt's forward pass, a decoded token."""
+    pairs: int = 15
+    """Measurements of each variant, in turns."""
+    decode_tokens: int = 64
+    """Tokens that a measurement of 'decode' draws, after a prompt that fills the rest of block_size."""
+    json: bool = False
+    """Print one JSON object in place of tables."""
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1:
+            raise ValueError(f"pairs is {self.pairs}, wanted 1 or more")
+        if not 0 < self.decode_tokens < self.train.gpt.block_size:
+            limit = self.train.gpt.block_size
+            raise ValueError(f"decode_tokens is {self.decode_tokens}, wanted 1 or more and below block_size = {limit}")
+
+
+def main(c: BenchConfig) -> None:
+    gpt = with_vocabulary(c.train)
+    variants = {"model": gpt, "dense": dataclasses.replace(gpt, lowdim=LowDim())}
+    results = {name: count(variant, c.train.dtype) for name, variant in variants.items()}
+    if c.mode != "count":
+        device = hardware.choose_device(c.train.device)
+        measure(c, variants, results, device)
+    print(json.dumps(results, indent=1) if c.json else tables(c, variants, results))
+
+
+def with_vocabulary(c: TrainConfig) -> GPTConfig:
+    """vocab_size as given, else the corpus's, else the paper's 32,000 with a note."""
+    if c.gpt.vocab_size is not None:
+        return c.gpt
+    if data.is_prepared(c.dataset):
+        return train.with_vocabulary(c, data.open_corpus(c.dataset, "train")).gpt
+    print(f"note: {c.dataset} is not prepared; counting with the paper's vocab_size = 32000", file=sys.stderr)
+    return dataclasses.replace(c.gpt, vocab_size=32000)
+
+
+def count(c: GPTConfig, dtype: str) -> dict[str, Any]:
+    """What needs no measurement; the weights are never in memory. Bytes a token are for block_size tokens."""
+    with torch.device("meta"):
+        model = GPT(c)
+    forward = model.flops_per_token()
+    return dict(
+        params=model.n_params(),
+        params_non_embedding=model.n_params(embeddings=False),
+        flops_per_token_forward=forward,
+        flops_per_token_train=3 * forward,
+        activation_bytes_per_token=activation_bytes_per_token(c, dtype),
+        kv_bytes_per_token=2 * c.n_layer * 2 * c.kv_heads * c.head_dim,  # bf16 keys and values
+    )
+
+
+def activation_bytes_per_token(c: GPTConfig, dtype: str) -> int:
+    """Bytes that a training step keeps between forward and backward for each token, at a context of block_size.
+
+    Storages are counted that a forward pass leaves alive, whatever holds them, on fake CPU tensors: there attention
+    is fused, and keeps its output and log-sum-exp. The difference of two batch sizes leaves out what does not grow
+    with the batch, such as the weights' copies in dtype.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    alive = []
+    with FakeTensorMode():
+        model = GPT(c, seed=None)
+        for batch_size in (1, 2):
+            idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
+            with LiveStorages() as storages, hardware.autocast(torch.device("cpu"), dtype):
+                loss = model(idx, idx)
+            alive.append(storages.bytes())
+            del loss
+    return (alive[1] - alive[0]) // c.block_size
+
+
+class LiveStorages(TorchDispatchMode):
+    """Remembers, without keeping alive, every storage that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in old:
+                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def bytes(self) -> int:
+        gc.collect()
+        return sum(size for reference, size in self.seen.values() if not reference.expired())
+
+
+
+def measure(c: BenchConfig, variants: dict[str, GPTConfig], results: dict[str, Any], device: torch.device) -> None:
+    """Add times, rates and peak memory of each variant, and their ratio, to the results."""
+    rate = hardware.matmul_rate(device, c.train.dtype)
+    for name, variant in variants.items():  # one at a time, so that neither stands in the other's memory
+        hardware.reset_peak_memory(device)
+        work = make_work(c, variant, device)
+        work.run()
+        work.run()
+        results[name]["peak_memory_bytes"] = hardware.peak_memory(device)
+        del work
+        gc.collect()
+    works = {name: make_work(c, variant, device) for name, variant in variants.items()}
+    times = alternate({name: work.run for name, work in works.items()}, c.pairs, device)
+    for name, work in works.items():
+        ms = statistics.median(times[name])
+        results[name] |= dict(ms_median=ms, ms_min=min(times[name]), ms_max=max(times[name]))
+        results[name] |= dict(tokens_per_second=1000 * work.tokens / ms, mfu=1000 * work.flops / ms / rate)
+        results[name] |= dict(matmul_flops_per_second=rate)
+    ratios = sorted(model / dense for model, dense in zip(times["model"], times["dense"]))
+    peaks = [results[name]["peak_memory_bytes"] for name in variants]
+    results["model"]["ratio_to_dense"] = dict(
+        ms=statistics.median(ratios),
+        ms_quartiles=[ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        flops=works["model"].flops / works["dense"].flops,
+        peak_memory=None if None in peaks else peaks[0] / peaks[1],
+    )
+
+
+def alternate(runs: dict[str, Callable[[], None]], pairs: int, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of each run, taken in turns; two rounds before the first warm up, and compile."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(2 + pairs):
+        for name, run in runs.items():
+            hardware.synchronize(device)
+            start = time.perf_counter()
+            run()
+            hardware.synchronize(device)
+            if i >= 2:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: run() handles `tokens` tokens with `flops` counted FLOPs."""
+
+    run: Callable[[], None]
+    tokens: int
+    flops: int
+
+
+def make_work(c: BenchConfig, gpt: GPTConfig, device: torch.device) -> Work:
+    """One variant's work for c.mode, on random tokens."""
+    options = dataclasses.replace(c.train, gpt=gpt)
+    world = train.World(rank=0, size=1, device=device)
+    with device:
+        model = GPT(gpt, options.seed)
+        idx = torch.randint(gpt.vocab_size, (options.batch_size, gpt.block_size + 1))
+    x, y = idx[:, :-1], idx[:, 1:]  # each (B, T)
+    forward = model.flops_per_token() * x.numel()
+
+    if c.mode == "train":
+        train.compile_and_wrap(model, options, world)
+        optimizer = optim.make_optimizer(model, options)
+        scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
+        guard = train.Guard(device)
+
+        def step() -> None:
+            train.train_step(model, [(x, y)], 1, optimizer, scaler, guard, options, world)
+
+        return Work(step, x.numel(), 3 * forward)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        with hardware.autocast(device, options.dtype):
+            model(x, y)
+
+    @torch.inference_mode()
+    def prefill() -> decode.KVCache:
+        with hardware.autocast(device, options.dtype):
+            cache = decode.new_cache(model, len(x))
+            model(x, cache=cache)
+            return cache
+
+    model.eval()
+    if c.mode == "eval":
+        train.compile_and_wrap(model, options, world)
+        return Work(evaluate, x.numel(), forward)
+    if c.mode == "prefill":
+        return Work(prefill, x.numel(), forward)
+    cache, prompt = prefill(), gpt.block_size - c.decode_tokens
+
+    def draw() -> None:
+        cache.length = prompt - 1  # all but the prompt's last token
+        with hardware.autocast(device, options.dtype):
+            for _ in decode.generate(model, x[:, :prompt], c.decode_tokens, gpt.vocab_size, temperature=0, cache=cache):
+                pass
+
+    tokens = len(x) * c.decode_tokens
+    # At a context of block_size a new token meets twice the average of a forward pass over all of it.
+    attention = gpt.n_layer * 2 * gpt.block_size * gpt.heads_dim
+    return Work(draw, tokens, tokens * (model.flops_per_token() + attention))
+
+
+def tables(c: BenchConfig, variants: dict[str, GPTConfig], results: dict[str, Any]) -> str:
+    """The results as columns a person can read: the model, its dense twin, and the ratio."""
+    gpt = variants["model"]
+    ranks = ", ".join(f"{name} {rank}" for name, rank in dataclasses.asdict(gpt.lowdim).items() if rank) or "none"
+    lines = [
+        f"{gpt.n_layer} layers, n_embd {gpt.n_embd}, T {gpt.block_size}, vocabulary {gpt.vocab_size:,}, ranks: {ranks}",
+        f"{'':32}{'model':>16}{'dense':>16}{'ratio':>9}",
+    ]
+    for key, dense in results["dense"].items():
+        model = results["model"][key]
+        if model is None or key == "matmul_flops_per_second":
+            continue
+        shown = [f"{v:,}" if isinstance(v, int) else f"{v:,.3f}" for v in (model, dense)]
+        lines.append(f"{key:32}{shown[0]:>16}{shown[1]:>16}{model / dense:9.3f}")
+    if c.mode != "count":
+        ratio, rate = results["model"]["ratio_to_dense"], results["model"]["matmul_flops_per_second"]
+        quartiles = "{:.3f} to {:.3f}".format(*ratio["ms_quartiles"])
+        lines.append(f"time over dense, median of {c.pairs} pairs: {ratio['ms']:.3f} (quartiles {quartiles})")
+        lines.append(f"counted FLOPs over dense: {ratio['flops']:.3f}")
+        lines.append(f"mfu is of {rate / 1e12:.3g} TFLOP/s, measured here on a large {c.train.dtype} matrix product")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(load_config(sys.argv[1:], BenchConfig, __doc__))

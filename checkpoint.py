@@ -1,0 +1,149 @@
+"""Checkpoints that survive a crash: out/RUN/ckpt/step_N/ is written whole, its manifest last.
+
+    out/RUN/ckpt/step_1000/    model.pt, optimizer.pt, the tokenizer, manifest.json
+    out/RUN/ckpt/last, best    one line each: the name of a step folder, swapped with os.replace
+
+The manifest holds everything a person may want to read (options, step, losses, versions) and size and sha256 of each
+file. The .pt files hold tensors and plain numbers, and are loaded with weights_only, so they cannot run code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import UserError
+from data.tokenizers import Tokenizer, load_tokenizer
+from model import GPT, GPTConfig, LowDim
+
+
+def save(run: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer, best: bool) -> None:
+    """Write step_N of `tensors` (one .pt file a key) and `state` (JSON), then point `last`, and perhaps `best`, at it.
+
+    Keeps the two newest and the best. Where it fails, on a full disk say, UserError, and the earlier ones stay.
+    """
+    folder = run / "ckpt" / f"step_{state['step']}"
+    try:
+        write(folder, tensors, state, tokenizer)
+        for pointer in ("last", "best") if best else ("last",):
+            point(run, pointer, folder.name)
+    except OSError as error:
+        raise UserError(f"could not save {folder}: {error.strerror}; earlier checkpoints are as they were") from None
+    kept = run / "ckpt" / "best"
+    best_name = kept.read_text().strip() if kept.exists() else None
+    for old in steps(run)[2:]:
+        if old.name != best_name:
+            shutil.rmtree(old)
+
+
+def write(folder: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    partial = folder.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    manifest = state | dict(tokenizer=tokenizer.save(partial))
+    for name, value in tensors.items():
+        torch.save(value, partial / f"{name}.pt")
+    manifest["files"] = {f.name: dict(bytes=f.stat().st_size, sha256=sha256(f)) for f in sorted(partial.iterdir())}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was here before and then went back
+    os.rename(partial, folder)
+    sync(folder.parent)
+
+
+def point(run: Path, pointer: str, name: str) -> None:
+    partial = run / "ckpt" / f"{pointer}.tmp"
+    partial.write_text(name + "\n")
+    sync(partial)
+    os.replace(partial, run / "ckpt" / pointer)
+    sync(run / "ckpt")
+
+
+def steps(run: Path) -> list[Path]:
+    """The step folders of a run, newest first."""
+    found = [f for f in (run / "ckpt").glob("step_*") if f.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda f: -int(f.name.removeprefix("step_")))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there, whole and unchanged; UserError names what is not."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no whole checkpoint: its manifest.json cannot be read ({error})") from None
+    for name, seen in manifest["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).exists() else None
+        if size != seen["bytes"]:
+            raise UserError(f"{folder / name} is {size} bytes, wanted {seen['bytes']}: this checkpoint is cut")
+        if sha256(folder / name) != seen["sha256"]:
+            raise UserError(f"{folder / name} is not what was saved: its sha256 differs from the manifest's")
+    return manifest
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line about each newer one that does not."""
+    complaints = []
+    for folder in steps(run):
+        try:
+            read_manifest(folder)
+            return folder, complaints
+        except UserError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def load_tensors(folder: Path, name: str) -> Any:
+    return torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
+
+
+def load_model(run: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """A run folder (its newest whole checkpoint), or one step folder -> model in eval mode, tokenizer, manifest."""
+    if (run / "manifest.json").exists():
+        folder = run
+    else:
+        folder, complaints = newest(run)
+        if folder is None:
+            raise UserError("; ".join(complaints) or f"{run} holds no checkpoint: train first, or name a run folder")
+        for complaint in complaints:
+            print(f"warning: {complaint}; using {folder.name}")
+    manifest = read_manifest(folder)
+    with device:
+        model = GPT(gpt_config(manifest["options"]["gpt"]), seed=None)
+    model.load_state_dict(load_tensors(folder, "model"))
+    return model.eval(), load_tokenizer(folder, manifest["tokenizer"]), manifest
+
+
+def gpt_config(options: dict[str, Any]) -> GPTConfig:
+    """The model's options as a manifest holds them -> GPTConfig."""
+    return GPTConfig(**options | dict(lowdim=LowDim(**options["lowdim"])))
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """['n_layer: the checkpoint has 4, this run 6', ...] for each field that is not the same."""
+    found = []
+    for name in saved | wanted:
+        old, new = saved.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name}: the checkpoint has {old}, this run {new}")
+    return found
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Onto the disk: a file's contents, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,12 @@
+"""The dense twin of lpa_cpu.
+
+launch    python train.py config/dense_cpu.py
+hardware  2 CPU cores
+time      TIME
+loss      LOSS
+"""
+
+from config.lpa_cpu import *  # noqa: F403
+
+out_dir = "out/dense_cpu"
+lowdim = {}

@@ -1,0 +1,91 @@
+"""The machine: which device, which precision, whether to compile, and how fast its matrix products really are."""
+
+import contextlib
+import os
+import platform
+import shutil
+import sys
+import time
+
+import torch
+
+from config import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """'auto' is CUDA, then Apple's MPS, then the CPU; under torchrun every local rank has a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device is cuda, but torch sees no CUDA device here; use --device=auto or --device=cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device is mps, but torch sees no Apple GPU here; use --device=auto or --device=cpu")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Matrix products in dtype; nothing for float32."""
+    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
+
+
+def choose_compile(mode: str, device: torch.device) -> str:
+    """'auto' compiles by block on CUDA, and nowhere else: on a CPU it gains little and needs a C++ compiler.
+
+    A wish that the machine cannot grant becomes 'off' with a warning.
+    """
+    if mode == "auto":
+        mode = "block" if device.type == "cuda" else "off"
+    if mode == "off":
+        return mode
+    reason = None
+    if device.type == "mps" or sys.platform == "win32":
+        reason = f"torch.compile is not dependable on {device.type if device.type == 'mps' else 'Windows'}"
+    elif device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        reason = "torch.compile needs a C++ compiler on the CPU and found none"
+    if reason and os.environ.get("RANK", "0") == "0":
+        print(f"warning: compile is off: {reason}", file=sys.stderr)
+    return "off" if reason else mode
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that the device's allocator held at most since the last reset; None where there is no such count."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.5) -> float:
+    """FLOP/s of one large square matrix product, the fastest of those that fit in `seconds`: what MFU divides by."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[dtype])
+    torch.matmul(a, b)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        torch.matmul(a, b)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

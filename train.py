@@ -1,0 +1,435 @@
+"""Pretrain a GPT from memory-mapped shards. Importing this does nothing; main(config) is the story.
+
+    python train.py config/lpa_cpu.py                                       one process, CPU or one GPU
+    torchrun --nproc_per_node=8 train.py config/lpa_370m.py                 many GPUs of one machine
+    torchrun --nproc_per_node=2 train.py config/lpa_cpu.py --device=cpu     the same on a CPU, over gloo
+    python train.py config/lpa_cpu.py --max_steps=2000 --resume             go on where the last checkpoint is
+
+A run writes out/RUN/config.json, log.jsonl (a line per logged step and evaluation) and ckpt/ (see checkpoint.py).
+SIGTERM and Ctrl-C save at the next step and exit with code 0.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import checkpoint
+import data
+import hardware
+import optim
+from config import TrainConfig, UserError, load_config, user_errors
+from model import GPT
+
+MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
+
+
+def main(c: TrainConfig) -> None:
+    world = join_world(c.device)
+    stop_signal = catch_signals()
+
+    # Data
+    world.from_rank_0(lambda: prepare_missing(c.dataset))
+    train_data, val_data = data.open_corpus(c.dataset, "train"), data.open_corpus(c.dataset, "val")
+    c = with_vocabulary(c, train_data, val_data)
+    micro_steps = accumulation(c, world)
+    tokens_per_step = c.batch_size * c.gpt.block_size * world.size * micro_steps
+    windows = data.eval_windows(val_data, c.gpt.block_size, c.eval_tokens)
+    bits_per_byte = val_data.tokens / val_data.bytes / math.log(2)  # of a loss of one nat per token
+
+    # Model and optimizer: new, or as the last checkpoint has them
+    run = Path(c.out_dir)
+    order = dict(data=train_data.fingerprint, seed=c.seed, tokens_per_step=tokens_per_step)
+    state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, order=order, options=dataclasses.asdict(c))
+    folder = world.from_rank_0(lambda: prepare_run(run, c.resume, state))
+    with torch.device(world.device if world.device.type == "cuda" else "cpu"):
+        model = GPT(c.gpt, c.seed if folder is None else None)
+    model.to(world.device)
+    optimizer = optim.make_optimizer(model, c)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == "float16")
+    if folder is not None:
+        restore(folder, state, model, optimizer, scaler)
+    parallel = compile_and_wrap(model, c, world)
+    guard = Guard(world.device)
+
+    log = Log(run, c, state, model, tokens_per_step, world)
+    log.say(f"{model}\n{optim.describe(optimizer)}")
+    log.say(f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate")
+    log.say(
+        f"a step: {tokens_per_step:,} tokens = {c.batch_size} sequences x {c.gpt.block_size} tokens"
+        f" x {world.size} ranks x {micro_steps} micro-steps"
+    )
+    log.say(f"going on from {folder}" if folder else f"writing to {run}")
+
+    # Training. `step` counts finished updates. The log's clock stands still while we evaluate and save.
+    last_step = min(c.max_steps, c.stop_step or c.max_steps)
+    while (step := state["step"]) < last_step:
+        rate = optim.set_learning_rate(optimizer, step, c)
+        seed_dropout(c.seed, step, world.rank)
+        batches = micro_batches(train_data, c, step, micro_steps, world)
+        loss, norm = train_step(parallel, batches, micro_steps, optimizer, scaler, guard, c, world)
+        state["step"] = step = step + 1
+
+        asked = world.any_signal(stop_signal)
+        ending = step == last_step or asked is not None
+        evaluating = asked is None and (step == last_step or due(step, c.eval_interval))
+        saving = ending or due(step, c.save_interval)
+        if log.first or evaluating or saving or due(step, c.log_interval):
+            log.step(step, loss.item(), norm.item(), rate, guard)  # here, and only here, the host waits for the device
+            guard.stop_if_lost(step)
+        improved = False
+        if evaluating:
+            val_loss = evaluate(model, val_data, windows, c, world)
+            log.evaluation(step, val_loss, val_loss * bits_per_byte)
+            improved = state["best_val_loss"] is None or val_loss < state["best_val_loss"]
+            state["best_val_loss"] = val_loss if improved else state["best_val_loss"]
+        if (saving or improved) and world.rank == 0:
+            state |= dict(seconds=log.seconds, wandb_id=log.wandb_id)
+            tensors = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            checkpoint.save(run, tensors, state, train_data.tokenizer, improved)
+        if evaluating or saving:
+            log.start_clock(step)
+        if asked is not None:
+            log.say(f"{asked}: saved step {step} in {run}; the same command with --resume goes on from there")
+            break
+    log.close(state["best_val_loss"])
+    world.leave()
+
+
+def train_step(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    micro_steps: int,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    guard: "Guard",
+    c: TrainConfig,
+    world: "World",
+) -> tuple[Tensor, Tensor]:
+    """One update from all micro-batches of all ranks -> their mean loss and the gradient norm, on the device.
+
+    Every sequence has the same length, so the mean of the micro-batches' means is the mean over tokens. Where the loss
+    or the gradient is not finite, the optimizer's kernel leaves weights and moments as they are.
+    """
+    total = torch.zeros((), device=world.device)
+    for micro_step, (x, y) in enumerate(batches):
+        # DDP decides in forward whether this backward will communicate: only the last one needs to.
+        silent = world.size > 1 and micro_step < micro_steps - 1
+        with model.no_sync() if silent else contextlib.nullcontext():
+            with hardware.autocast(world.device, c.dtype):
+                loss = model(x, y) / micro_steps
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    total = world.mean(total)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+    optimizer.found_inf = guard.count(~(total.isfinite() & norm.isfinite()))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+@torch.no_grad()
+def evaluate(model: GPT, corpus: data.Corpus, windows: Any, c: TrainConfig, world: "World") -> float:
+    """Mean loss over the same windows every time, shared by all ranks: summed, then divided."""
+    model.eval()
+    mine = windows[world.rank :: world.size]
+    total = torch.zeros((), device=world.device)
+    for start in range(0, len(mine), c.batch_size):
+        chunk = mine[start : start + c.batch_size]
+        x, y = (t.to(world.device) for t in data.eval_batch(corpus, c.gpt.block_size, chunk))
+        # A last, smaller batch is not worth another compilation.
+        stance = torch.compiler.set_stance("default" if len(chunk) == c.batch_size else "force_eager")
+        with stance, hardware.autocast(world.device, c.dtype):
+            total += model(x, y) * len(chunk)
+    model.train()
+    return (world.mean(total) * world.size / len(windows)).item()
+
+
+def micro_batches(
+    corpus: data.Corpus, c: TrainConfig, step: int, n: int, world: "World"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's n batches of a step, on the device."""
+    for micro_step in range(n):
+        place = (c.seed, step, micro_step, n, world.rank, world.size)
+        batch = data.batch(corpus, c.gpt.block_size, c.batch_size, *place)
+        if world.device.type == "cuda":  # pinned memory lets the copy run while the device computes
+            batch = tuple(t.pin_memory() for t in batch)
+        yield tuple(t.to(world.device, non_blocking=True) for t in batch)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Dropout masks are a function of (seed, step, rank), so that a resume has no generator to restore."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest))
+
+
+def due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+class Guard:
+    """Counts the steps with a loss or gradient that is not finite. The counters live on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.int32, device=device)
+
+    def count(self, bad: Tensor) -> Tensor:
+        """bad is a boolean on the device -> 1.0 where the optimizer is to skip this step, else 0.0."""
+        self.skipped += bad
+        self.in_a_row.add_(1).mul_(bad)
+        torch.maximum(self.longest, self.in_a_row, out=self.longest)
+        return bad.float()
+
+    def stop_if_lost(self, step: int) -> None:
+        if self.longest >= MAX_BAD_STEPS:
+            raise UserError(
+                f"{self.longest.item()} steps in a row, seen at step {step}, had a loss or gradient that is not finite;"
+                " none of them reached the weights. Try a lower learning_rate, or --resume from the last checkpoint"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among those of the run, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over ranks of a tensor on the device; no synchronisation with the host."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value / self.size
+
+    def from_rank_0(self, f: Callable[[], Any]) -> Any:
+        """What f returns on rank 0, on all ranks; a UserError there is one on all of them."""
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = f()
+            except UserError as error:
+                answer[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+    def any_signal(self, caught: list[str]) -> str | None:
+        """The signal that any rank has caught, agreed over the CPU so that the device need not wait."""
+        if self.size > 1:
+            number = torch.tensor(signal.Signals[caught[0]] if caught else 0)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            return signal.Signals(number.item()).name if number else None
+        return caught[0] if caught else None
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def join_world(device: str) -> World:
+    """torchrun says who we are; without it we are alone."""
+    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), hardware.choose_device(device))
+    if world.size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
+    return world
+
+
+def catch_signals() -> list[str]:
+    """A list to which SIGTERM and SIGINT add their names; a second Ctrl-C stops at once."""
+    caught: list[str] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, remember)
+    signal.signal(signal.SIGINT, remember)
+    return caught
+
+
+def prepare_missing(dataset: str) -> None:
+    """The embedded corpus needs no network, so it prepares itself; for any other, open_corpus says what to run."""
+    if dataset == "pystdlib" and not data.is_prepared(dataset):
+        print("preparing data/pystdlib from the standard library of this Python", flush=True)
+        importlib.import_module("data.pystdlib.prepare").prepare()
+
+
+def with_vocabulary(c: TrainConfig, *corpora: data.Corpus) -> TrainConfig:
+    """The options with a vocab_size: the corpus's, padded to a multiple of 128 for the sake of the head's matrix."""
+    largest = max(corpus.max_token for corpus in corpora)
+    vocab_size = c.gpt.vocab_size or -(-corpora[0].vocab_size // 128) * 128
+    if largest >= vocab_size:
+        raise UserError(f"vocab_size is {vocab_size}, but {c.dataset} holds token {largest}; leave vocab_size out")
+    return dataclasses.replace(c, gpt=dataclasses.replace(c.gpt, vocab_size=vocab_size))
+
+
+def accumulation(c: TrainConfig, world: World) -> int:
+    """Micro-steps that make tokens_per_step out of what one pass over all ranks sees."""
+    a_pass = c.batch_size * c.gpt.block_size * world.size
+    wanted = c.tokens_per_step or a_pass
+    if wanted % a_pass:
+        near = max(1, round(wanted / a_pass)) * a_pass
+        raise UserError(
+            f"tokens_per_step is {wanted}, wanted a multiple of batch_size x block_size x ranks = {c.batch_size} x"
+            f" {c.gpt.block_size} x {world.size} = {a_pass}, for example {near}"
+        )
+    return wanted // a_pass
+
+
+def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> Path | None:
+    """Make the run's folder; the checkpoint to go on from, or None for a new run. Never overwrites an earlier run."""
+    folder, complaints = checkpoint.newest(run)
+    if folder is None and (resume == "must" or (resume == "auto" and complaints)):
+        raise UserError("; ".join(complaints) or f"nothing to resume: {run} holds no checkpoint; leave --resume out")
+    if resume == "never" and (run / "log.jsonl").exists():
+        number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
+        run.rename(f"{run}.{number}")
+        print(f"an earlier run in {run} was moved to {run}.{number}")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(state["options"], indent=1))
+    except OSError as error:
+        raise UserError(f"cannot write to out_dir {run}: {error.strerror}") from None
+    if resume == "never" or folder is None:
+        return None
+    for complaint in complaints:
+        print(f"warning: {complaint}; passed over")
+    saved = checkpoint.read_manifest(folder)
+    changed = checkpoint.differences(saved["options"]["gpt"], state["options"]["gpt"])
+    changed += checkpoint.differences(saved["order"], state["order"])
+    if changed:
+        raise UserError(f"{folder} is of another run. " + "; ".join(changed))
+    return folder
+
+
+def restore(folder: Path, state: dict[str, Any], model: GPT, optimizer: Any, scaler: Any) -> None:
+    manifest = checkpoint.read_manifest(folder)
+    state |= {name: manifest[name] for name in ("step", "seconds", "best_val_loss", "wandb_id")}
+    model.load_state_dict(checkpoint.load_tensors(folder, "model"))
+    optimizer.load_state_dict(checkpoint.load_tensors(folder, "optimizer"))
+    scaler.load_state_dict(checkpoint.load_tensors(folder, "scaler"))
+
+
+def compile_and_wrap(model: GPT, c: TrainConfig, world: World) -> nn.Module:
+    """Compile in place, so that parameters keep their names, then DDP where there are several ranks."""
+    mode = hardware.choose_compile(c.compile, world.device)
+    for module in {"off": [], "model": [model], "block": model.transformer.h}[mode]:
+        module.compile(dynamic=False)
+    if world.size == 1:
+        return model
+    return DDP(model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+
+class Log:
+    """What a run tells: lines on the terminal, log.jsonl, and wandb when asked. Ranks other than 0 are silent."""
+
+    def __init__(
+        self, run: Path, c: TrainConfig, state: dict[str, Any], model: GPT, tokens_per_step: int, world: World
+    ) -> None:
+        self.silent = world.rank != 0
+        self.first, self.seconds, self.wandb_id, self.wandb = True, state["seconds"], state["wandb_id"], None
+        self.max_steps, self.tokens_per_step = c.max_steps, tokens_per_step
+        if not self.silent:
+            self.flops_per_token = 3 * model.flops_per_token()  # backward takes twice the forward pass
+            self.matmul_rate = world.size * hardware.matmul_rate(world.device, c.dtype)
+            self.open(run, state, model, world)
+            if c.wandb:
+                self.open_wandb(run, state)
+        self.start_clock(state["step"])
+
+    def open(self, run: Path, state: dict[str, Any], model: GPT, world: World) -> None:
+        """Start log.jsonl, or on a resume drop what a crashed run wrote after its checkpoint, and tell the setting."""
+        path, kept = run / "log.jsonl", []
+        if state["step"] > 0 and path.exists():
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= state["step"]]
+        path.with_suffix(".tmp").write_text("".join(kept))
+        path.with_suffix(".tmp").replace(path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (stays open; a line at a time reaches the disk)
+        versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
+        on = hardware.describe(world.device)
+        self.write(
+            dict(step=state["step"], versions=versions, device=on, ranks=world.size, matmul_flops=self.matmul_rate)
+            | dict(options=state["options"], parameters=str(model).splitlines())
+        )
+        self.say(f"torch {torch.__version__} on {on}: {self.matmul_rate / 1e12:.3g} TFLOP/s in large matrix products\n")
+
+    def open_wandb(self, run: Path, state: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs its package: pip install 'wandb>=0.19,<1'") from None
+        self.wandb = wandb.init(
+            project="lpa", name=run.name, id=self.wandb_id, resume="allow", dir=run, config=state["options"]
+        )
+        self.wandb.define_metric("*", step_metric="step")
+        self.wandb_id = self.wandb.id
+
+    def start_clock(self, step: int) -> None:
+        self.clock, self.clock_step = time.perf_counter(), step
+
+    def say(self, text: str) -> None:
+        if not self.silent:
+            print(text, flush=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        if not self.silent:
+            self.file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log(record)
+
+    def step(self, step: int, loss: float, norm: float, learning_rate: float, guard: Guard) -> None:
+        """The steps since the clock started, as a line; loss and norm are those of the last of them."""
+        now, self.first = time.perf_counter(), False
+        self.seconds += now - self.clock
+        if self.silent:
+            return
+        speed = (step - self.clock_step) * self.tokens_per_step / (now - self.clock)
+        mfu = speed * self.flops_per_token / self.matmul_rate
+        minutes, seconds = divmod(int((self.max_steps - step) * self.tokens_per_step / speed), 60)
+        skipped = f" | {guard.skipped.item()} skipped" if guard.skipped else ""
+        self.say(
+            f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.2f}"
+            f" | {speed:,.0f} tok/s | mfu {mfu:.1%} | {minutes // 60}h{minutes % 60:02}m{seconds:02}s left{skipped}"
+        )
+        self.write(
+            dict(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=learning_rate, grad_norm=norm)
+            | dict(tokens_per_second=speed, mfu=mfu, seconds=self.seconds, skipped=guard.skipped.item())
+        )
+        self.start_clock(step)
+
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float) -> None:
+        self.say(f"step {step}: val loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
+        self.write(dict(step=step, val_loss=val_loss, val_bits_per_byte=bits_per_byte))
+
+    def close(self, best_val_loss: float | None) -> None:
+        best = f"best val loss {best_val_loss:.4f}, " if best_val_loss is not None else ""
+        self.say(f"{best}{self.seconds:.0f} s of training")
+        if self.wandb:
+            self.wandb.finish()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(load_config(sys.argv[1:], description=__doc__))
