@@ -212,7 +212,7 @@ def write_shards(
         tqdm(total=source.total_bytes, unit="B", unit_scale=True, desc=options.name, disable=None) as bar,
     ):
         bar.update(sum(shard["bytes"] for shard in shards))
-        for result in in_order(pool, lambda task: tokenize(tokenizer, task), tasks, 2 * threads):
+        for result in in_order(pool, lambda task: tokenize(tokenizer, task), tasks, 4 * threads):
             bar.update(result.bytes)
             writer(result.split).add(result)
             if train_tokens is not None and writer("train").tokens >= train_tokens:

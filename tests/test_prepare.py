@@ -32,7 +32,7 @@ from data.writing import sha256_of
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED.relative_to(ROOT.parent)} beside the repository")
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared/data beside the repository")
 
 
 def tokens_of(corpus: Path, split: str) -> np.ndarray:
@@ -138,7 +138,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(tmp_path, monkeypatch)
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        with pytest.raises(UserError, match="not finished" if killed.is_absolute() else ""):
+        with pytest.raises(UserError, match="not finished"):
             open_corpus(str(killed), "train")
     with (killed / "progress.jsonl").open("a") as progress:
         progress.write('{"a note": "cut by the ki')
@@ -256,14 +256,14 @@ def test_unnamed_text_is_cut_by_position_or_split_by_document(tmp_path):
 
 @pytest.mark.parametrize("name, contents, message", [
     ("a.jsonl", b'{"text": "fine"}\n\n{"text": "cut', "a.jsonl, line 3 is not JSON"),
-    ("a.jsonl", b'{"content": "x", "id": 1}\n', "a.jsonl, line 1 has no text in 'text', it has content, id; choose with --column"),
+    ("a.jsonl", b'{"content": "x", "id": 1}\n', "line 1 has no text in 'text', it has content, id; choose with --col"),
     ("a.jsonl", b'["x"]\n', "a.jsonl, line 1 has no text in 'text', it has list"),
-    ("a.txt", b"x" * (1 << 20) + b"caf\xe9 ", "a.txt is not UTF-8 at byte 1048579"),
-    ("a.txt", "é".encode() * (1 << 19) + b"\xc3", "a.txt is not UTF-8 at byte 1048576"),
-    ("a.txt", b"x" * ((1 << 20) - 1) + b"\xc3(", "a.txt is not UTF-8 at byte 1048575"),
+    ("a.txt", b"x" * (1 << 16) + b"caf\xe9 ", "a.txt is not UTF-8 at byte 65539"),
+    ("a.txt", "é".encode() * (1 << 15) + b"\xc3", "a.txt is not UTF-8 at byte 65536"),
+    ("a.txt", b"x" * ((1 << 16) - 1) + b"\xc3(", "a.txt is not UTF-8 at byte 65535"),
     ("a.txt.xz", lzma.compress(b"x" * 1000)[:-20], "a.txt.xz is damaged or cut"),
     ("a.txt.gz", b"not gzip", "a.txt.gz is damaged or cut"),
-    ("a.pdf", b"%PDF", "holds no text that can be read: .*a.pdf; wanted .txt, .jsonl"),
+    ("a.pdf", b"%PDF", "holds no .txt, .jsonl or .parquet .*; found a.pdf"),
 ])  # fmt: skip
 def test_bad_text_is_named_in_one_line(tmp_path, name, contents, message):
     (tmp_path / name).write_bytes(contents)
@@ -302,9 +302,7 @@ def test_pystdlib_is_prepared_without_a_network(tmp_path):
     train, val = (open_corpus(str(tmp_path), split) for split in ("train", "val"))
     assert train.tokens > 8_000_000 and 0.02 < val.tokens / train.tokens < 0.1
     assert train.vocab_size == 256 and train.max_token == 255
-    text = text_of(tmp_path, "val") + text_of(tmp_path, "train")
-    assert "site-packages" not in {path.parts[0] for path in map(Path, text.split()[:1])}
-    assert "import unittest" in text
+    assert bytes(train.window(0, 50).tolist()).decode().startswith('"""Record of phased-in incompatible language')
 
 
 def test_shakespeare_refuses_another_text(tmp_path):
@@ -326,9 +324,9 @@ def test_wikitext_has_one_article_per_document(tmp_path):
         (tmp_path / name).write_text(lines)
     options = wikitext103.Options(name=str(tmp_path / "corpus"), path=str(tmp_path), tokenizer="byte")
     wikitext103.main(options)
-    documents = text_of(tmp_path / "corpus", "train").split("<|endoftext|>")
-    assert "".join(documents) == lines
-    assert [document[:10] for document in documents] == [" \n", " = First =", " = Second ", ""][1:] or documents[0] == " \n"
+    first, second = lines.split(" = Second")
+    documents = [" \n", first.removeprefix(" \n"), " = Second" + second]
+    assert text_of(tmp_path / "corpus", "train").split("<|endoftext|>") == [*documents, ""]
 
 
 def test_webtext_parts_make_one_corpus_in_any_order(tmp_path, capsys):
