@@ -35,6 +35,7 @@ import data
 import hardware
 import optim
 from config import TrainConfig, UserError, load_config, user_errors
+from data.tokenizers import load_tokenizer
 from model import GPT
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
@@ -48,6 +49,7 @@ def main(c: TrainConfig) -> None:
     world.from_rank_0(lambda: prepare_missing(c.dataset))
     train_data, val_data = data.open_corpus(c.dataset, "train"), data.open_corpus(c.dataset, "val")
     c = with_vocabulary(c, train_data, val_data)
+    tokenizer = load_tokenizer(train_data.folder, train_data.meta["tokenizer"])
     micro_steps = accumulation(c, world)
     tokens_per_step = c.batch_size * c.gpt.block_size * world.size * micro_steps
     windows = data.eval_windows(val_data, c.gpt.block_size, c.eval_tokens)
@@ -102,7 +104,7 @@ def main(c: TrainConfig) -> None:
         if (saving or improved) and world.rank == 0:
             state |= dict(seconds=log.seconds, wandb_id=log.wandb_id)
             tensors = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            checkpoint.save(run, tensors, state, train_data.tokenizer, improved)
+            checkpoint.save(run, tensors, state, tokenizer, improved)
         if evaluating or saving:
             log.start_clock(step)
         if asked is not None:
@@ -243,7 +245,9 @@ class World:
         return caught[0] if caught else None
 
     def leave(self) -> None:
+        """Together: a rank that goes while another still saves would break its connections."""
         if self.size > 1:
+            dist.barrier()
             dist.destroy_process_group()
 
 
@@ -270,7 +274,7 @@ def catch_signals() -> list[str]:
 
 def prepare_missing(dataset: str) -> None:
     """The embedded corpus needs no network, so it prepares itself; for any other, open_corpus says what to run."""
-    if dataset == "pystdlib" and not data.is_prepared(dataset):
+    if dataset == "pystdlib" and not (data.DATA / dataset / "meta.json").exists():
         print("preparing data/pystdlib from the standard library of this Python", flush=True)
         importlib.import_module("data.pystdlib.prepare").prepare()
 

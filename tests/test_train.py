@@ -1,0 +1,437 @@
+"""Training by subprocess, as a user runs it: exact resume, ranks, signals, broken files, bad input.
+
+    .venv/bin/pytest tests/test_train.py        CPU, 2 cores, about 90 s
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, read_log, run, run_here
+
+import checkpoint
+import data
+import optim
+import train
+from config import TrainConfig, UserError, load_config
+from data.tokenizers import ByteTokenizer
+from model import GPT, GPTConfig, LowDim
+
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", *(f"--lowdim.{x}=8" for x in "qkvo")]
+TINY += ["--batch_size=4", "--log_interval=1", "--eval_interval=0", "--eval_tokens=640", "--compile=off"]
+CPU = torch.device("cpu")
+
+
+def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
+    return ["train.py", *TINY, f"--dataset={corpus}", f"--out_dir={out}", "--device=cpu", *more]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in read_log(out) if "loss" in line]
+
+
+def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, weights and optimizer, by name."""
+    folder = out / "ckpt" / f"step_{step}"
+    found = dict(torch.load(folder / "model.pt", weights_only=True))
+    for index, state in torch.load(folder / "optimizer.pt", weights_only=True)["state"].items():
+        found |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- Resume ------------------------------------------------------------------------------------------------------
+
+STOCHASTIC = ["--dropout=0.2", "--tokens_per_step=256", "--warmup_steps=5", "--learning_rate=0.01"]
+# Without dropout's seed of each step, and without anything that could restore the generator in its place
+NO_SEED = "import sys, torch, train; torch.manual_seed(1); train.seed_dropout = lambda *_: None\n"
+NO_SEED += "train.main(train.load_config(sys.argv[1:]))"
+
+
+def test_twenty_steps_equal_ten_and_a_resume_and_ten_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = [*STOCHASTIC, "--max_steps=20"]
+    run(*arguments(corpus, whole, *options))
+    run(*arguments(corpus, parts, *options, "--stop_step=10"))
+    result = run(*arguments(corpus, parts, *options, "--resume"))
+    assert "going on from" in result.stdout
+    assert losses(parts) == losses(whole)
+    assert len(losses(whole)) == 20
+    assert same(tensors(parts, 20), tensors(whole, 20))
+
+    # The control: the same test fails where the state of the random numbers is dropped.
+    broken = tmp_path / "broken"
+    run("-c", NO_SEED, *arguments(corpus, broken, *options, "--stop_step=10")[1:])
+    run("-c", NO_SEED, *arguments(corpus, broken, *options, "--resume")[1:])
+    unbroken = tmp_path / "unbroken"
+    run("-c", NO_SEED, *arguments(corpus, unbroken, *options)[1:])
+    assert losses(broken)[:10] == losses(unbroken)[:10]
+    assert losses(broken)[10:] != losses(unbroken)[10:]
+    assert not same(tensors(broken, 20), tensors(unbroken, 20))
+
+
+def test_a_resume_may_train_for_longer_but_not_another_model(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run_here(arguments(corpus, out, "--max_steps=3"))
+    before = tensors(out, 3)
+    with pytest.raises(UserError) as error:
+        run_here(arguments(corpus, out, "--max_steps=5", "--resume", "--n_embd=48", "--lowdim.q=4"))
+    assert "n_embd: the checkpoint has 32, this run 48" in str(error.value)
+    assert "lowdim.q: the checkpoint has 8, this run 4" in str(error.value)
+    assert "n_head" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        run_here(arguments(corpus, out, "--max_steps=5", "--resume", "--seed=7", "--tokens_per_step=256"))
+    assert "seed: the checkpoint has 1, this run 7" in str(error.value)
+    assert "tokens_per_step: the checkpoint has 128, this run 256" in str(error.value)
+    assert same(before, tensors(out, 3))
+    run_here(arguments(corpus, out, "--max_steps=5", "--resume"))
+    assert [line["step"] for line in read_log(out) if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_a_broken_checkpoint_is_named_and_passed_over(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    run_here(arguments(corpus, out, "--max_steps=4", "--save_interval=2"))
+    whole = tensors(out, 4)
+    file = out / "ckpt" / "step_4" / "model.pt"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"step_4/model\.pt is \d+ bytes, wanted \d+: this checkpoint is cut"):
+        checkpoint.load_model(out / "ckpt" / "step_4", CPU)
+    capsys.readouterr()
+    run_here(arguments(corpus, out, "--max_steps=4", "--resume=auto"))
+    printed = capsys.readouterr().out
+    assert "step_4/model.pt is" in printed
+    assert "going on from" in printed
+    assert same(tensors(out, 4), whole)
+
+    for folder in (out / "ckpt").glob("step_*"):  # one flipped bit in each
+        contents = bytearray((folder / "model.pt").read_bytes())
+        contents[len(contents) // 2] ^= 1
+        (folder / "model.pt").write_bytes(contents)
+    with pytest.raises(UserError, match="its sha256 differs"):
+        run_here(arguments(corpus, out, "--max_steps=4", "--resume=auto"))
+
+
+@pytest.mark.parametrize("place", ["torch.save", "json.dumps", "checkpoint.sync", "os.rename", "checkpoint.point"])
+def test_a_crash_while_saving_leaves_a_whole_checkpoint(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving stops dead at one of the places where it touches the disk."""
+
+    class Crash(BaseException):
+        pass
+
+    def crash(*_: object, **__: object) -> None:
+        raise Crash
+
+    def save(step: int) -> None:
+        checkpoint.save(tmp_path, dict(model=torch.full((9,), step)), dict(step=step), ByteTokenizer(), best=False)
+
+    save(1)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(place, crash)
+        save(2)
+    folder, complaints = checkpoint.newest(tmp_path)
+    assert complaints == []
+    step = 2 if place == "checkpoint.point" else 1  # there the new one is whole, though `last` does not name it yet
+    assert torch.equal(checkpoint.load_tensors(folder, "model"), torch.full((9,), step))
+    save(3)
+    assert (tmp_path / "ckpt" / "last").read_text() == "step_3\n"
+    assert not list(tmp_path.glob("ckpt/*.tmp"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    run_here(arguments(corpus, out, "--max_steps=2"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"could not save .*step_3: No space left on device; earlier checkpoints are"):
+        run_here(arguments(corpus, out, "--max_steps=3", "--resume"))
+    assert checkpoint.newest(out)[0].name == "step_2"
+
+
+def test_sigterm_saves_and_exits_with_zero(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, *arguments(corpus, out, "--max_steps=100000")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 0
+    assert "SIGTERM: saved step" in rest
+    folder, complaints = checkpoint.newest(out)
+    assert int(folder.name.removeprefix("step_")) >= 5
+    assert complaints == []
+
+
+def test_a_new_run_never_overwrites_an_earlier_one(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    run_here(arguments(corpus, out, "--max_steps=1"))
+    first = tensors(out, 1)
+    run_here(arguments(corpus, out, "--max_steps=1", "--seed=2"))
+    assert "was moved to" in capsys.readouterr().out
+    assert same(tensors(tmp_path / "run.1", 1), first)
+
+
+# --- Ranks -------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_train_as_one_does(corpus: Path, tmp_path: Path) -> None:
+    """1 rank x 4 micro-steps against 2 gloo ranks x 2: the same samples in each step, the same losses and weights."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ["--tokens_per_step=512", "--max_steps=5"]
+    run(*arguments(corpus, one, *options))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = run(*torchrun, *arguments(corpus, two, *options))
+    assert result.stdout.count("step 1/5") == 1  # rank 0 alone speaks
+    for a, b in zip(read_log(one), read_log(two)):
+        assert a.keys() == b.keys()
+        for name in ("loss", "grad_norm", "val_loss"):
+            assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-6), name
+    ours, theirs = tensors(one, 5), tensors(two, 5)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
+    # Adam's first moment after one step is 0.1 of the gradient: the plainest look at it from outside.
+    run(*arguments(corpus, one, *options, "--stop_step=1"))
+    run(*torchrun, *arguments(corpus, two, *options, "--stop_step=1"))
+    ours, theirs = tensors(one, 1), tensors(two, 1)
+    moments = [name for name in ours if name.endswith(".exp_avg")]
+    assert len(moments) == len(list(GPT(GPTConfig(vocab_size=256, **small())).parameters()))
+    for name in moments:
+        assert (ours[name] - theirs[name]).norm() <= 1e-6 * ours[name].norm(), name
+
+
+def small() -> dict:
+    return dict(n_layer=2, n_head=2, n_embd=32, block_size=32, lowdim=LowDim(q=8, k=8, v=8, o=8))
+
+
+# --- Compile -----------------------------------------------------------------------------------------------------
+
+
+def test_compiled_and_eager_checkpoints_have_the_same_keys_and_losses(corpus: Path, tmp_path: Path) -> None:
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    run_here(arguments(corpus, eager, "--max_steps=2"))
+    run_here(arguments(corpus, compiled, "--max_steps=2", "--compile=block"))
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+    assert tensors(compiled, 2).keys() == tensors(eager, 2).keys()
+
+
+# --- The step ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pieces() -> tuple:
+    c = TrainConfig(gpt=GPTConfig(vocab_size=64, **small()), learning_rate=0.01, weight_decay=0.1)
+    model = GPT(c.gpt)
+    optimizer = optim.make_optimizer(model, c)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    idx = torch.randint(64, (4, 33))
+    return c, model, optimizer, scaler, train.Guard(CPU), [(idx[:, :-1], idx[:, 1:])], train.World(0, 1, CPU)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(pieces: tuple) -> None:
+    c, model, optimizer, scaler, guard, batches, world = pieces
+    train.train_step(model, batches, 1, optimizer, scaler, guard, c, world)
+
+    def everything() -> dict[str, torch.Tensor]:
+        moments = {f"{i}.{k}": v.clone() for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+        return {name: p.detach().clone() for name, p in model.named_parameters()} | moments
+
+    before, weight = everything(), model.transformer.h[0].mlp.up.weight
+    for poison in (math.nan, math.inf):
+        hook = weight.register_hook(lambda g, poison=poison: torch.full_like(g, poison))
+        train.train_step(model, batches, 1, optimizer, scaler, guard, c, world)
+        hook.remove()
+        assert same(everything(), before)
+    assert guard.skipped == 2
+    train.train_step(model, batches, 1, optimizer, scaler, guard, c, world)
+    assert not same(everything(), before)
+    assert (guard.skipped, guard.in_a_row, guard.longest) == (2, 0, 2)
+    guard.stop_if_lost(4)
+    for _ in range(10):
+        guard.count(torch.tensor(True))
+    with pytest.raises(UserError, match="10 steps in a row"):
+        guard.stop_if_lost(14)
+
+
+def test_a_run_that_diverges_stops_and_says_so(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"10 steps in a row, seen at step \d+, had a loss or gradient"):
+        run_here(arguments(corpus, tmp_path / "run", "--max_steps=50", "--learning_rate=1e30", "--grad_clip=0"))
+    assert len(losses(tmp_path / "run")) < 15
+
+
+def test_clipping_and_accumulation_equal_a_plain_step(pieces: tuple) -> None:
+    """Two micro-batches, clipped, against one batch through torch's own AdamW with a plain loop over tokens."""
+    c, model, optimizer, scaler, guard, [(x, y)], world = pieces
+    c = dataclasses.replace(c, grad_clip=0.1, weight_decay=0.0)
+    reference = GPT(c.gpt)
+    plain = torch.optim.AdamW(reference.parameters(), lr=c.learning_rate, betas=(0.9, 0.95), eps=c.eps, weight_decay=0)
+    logits = reference(x).double()
+    loss = -sum(logits[b, t].log_softmax(0)[y[b, t]] for b in range(4) for t in range(32)) / (4 * 32)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    plain.step()
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    measured = train.train_step(model, [(x[:2], y[:2]), (x[2:], y[2:])], 2, optimizer, scaler, guard, c, world)
+    assert measured[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert measured[1].item() == pytest.approx(norm.item(), rel=1e-5)
+    for (name, a), b in zip(model.named_parameters(), reference.parameters()):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0, msg=name)
+
+
+def test_every_parameter_is_in_one_group_with_the_decay_that_its_product_needs() -> None:
+    model = GPT(GPTConfig(vocab_size=64, **small(), bias=True, norm="layernorm", tie_embeddings=True))
+    groups = optim.parameter_groups(model, 0.1)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == set(model.parameters())
+    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert {decays[p] for n, p in model.named_parameters() if n.endswith((".A", ".B"))} == {0.05}
+    assert {decays[p] for n, p in model.named_parameters() if n.endswith("mlp.up.weight")} == {0.1}
+    assert decays[model.transformer.wte.weight] == 0
+    assert {decays[p] for p in model.parameters() if p.ndim == 1} == {0}
+
+
+def test_learning_rate_schedules() -> None:
+    cosine = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=14)
+    assert [optim.learning_rate(s, cosine) for s in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
+    assert optim.learning_rate(9, cosine) == pytest.approx(0.6)
+    assert optim.learning_rate(14, cosine) == pytest.approx(0.2)
+    wsd = dataclasses.replace(cosine, schedule="wsd", decay_share=0.5)
+    assert [optim.learning_rate(s, wsd) for s in (4, 7)] == [1.0, 1.0]
+    assert optim.learning_rate(14, wsd) == pytest.approx(0.2)
+    assert optim.learning_rate(10, wsd) == pytest.approx(0.2 + 0.8 * 4 / 7)
+
+
+def test_evaluation_is_the_mean_over_the_split_whatever_the_batch(corpus: Path) -> None:
+    c = TrainConfig(gpt=GPTConfig(vocab_size=256, **small(), dropout=0.3), batch_size=3)
+    model, val = GPT(c.gpt), data.open_corpus(str(corpus), "val")
+    windows = data.eval_windows(val, 32)
+    text = torch.from_numpy(val.window(0, len(windows) * 32 + 1)).long()
+    model.eval()
+    with torch.no_grad():
+        logits = model(text[:-1].view(-1, 32)).flatten(0, 1).double()
+    expected = F.cross_entropy(logits, text[1:]).item()
+    for batch_size in (3, 7):
+        options = dataclasses.replace(c, batch_size=batch_size)
+        assert train.evaluate(model, val, windows, options, train.World(0, 1, CPU)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_log_tells_the_setting_and_each_step(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run_here(arguments(corpus, out, "--max_steps=4", "--log_interval=2", "--eval_interval=2"))
+    first, *lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"versions", "device", "options", "parameters"} <= first.keys()
+    assert first["options"]["gpt"]["lowdim"]["q"] == 8
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 4]
+    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
+    assert all(keys <= line.keys() for line in steps)
+    assert steps[-1]["tokens"] == 4 * 4 * 32
+    evaluations = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in evaluations] == [2, 4]
+    val = data.open_corpus(str(corpus), "val")
+    for line in evaluations:
+        bits = line["val_loss"] / math.log(2) * val.tokens / val.bytes
+        assert line["val_bits_per_byte"] == pytest.approx(bits)
+
+
+def test_wandb_goes_on_with_the_same_run(corpus: Path, tmp_path: Path) -> None:
+    """A stand-in for the package that notes how it was called."""
+    (tmp_path / "wandb.py").write_text(
+        "import json, os\n"
+        "class Run:\n"
+        "    id = 'abc123'\n"
+        "    def define_metric(self, *a, **k): pass\n"
+        "    def log(self, record): note(dict(logged=sorted(record)))\n"
+        "    def finish(self): note(dict(finished=True))\n"
+        "def note(record): print(json.dumps(record), file=open(os.environ['NOTES'], 'a'))\n"
+        "def init(**options): note(dict(id=options['id'], resume=options['resume'])); return Run()\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path), "NOTES": str(tmp_path / "notes")}
+    run(*arguments(corpus, tmp_path / "run", "--max_steps=2", "--wandb"), env=env)
+    run(*arguments(corpus, tmp_path / "run", "--max_steps=3", "--wandb", "--resume"), env=env)
+    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    assert [note for note in notes if "id" in note] == [
+        {"id": None, "resume": "allow"},
+        {"id": "abc123", "resume": "allow"},
+    ]
+    assert any("val_loss" in note.get("logged", []) for note in notes)
+    assert sum("finished" in note for note in notes) == 2
+
+
+# --- Bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning_rat=1"], "--learning_rate"),
+        (["--tokens_per_step=1000"], "tokens_per_step is 1000, wanted a multiple of batch_size x block_size x ranks"),
+        (["--vocab_size=100"], "vocab_size is 100, but"),
+        (["--block_size=1000000"], "shorter than a block"),
+        (["--dataset=nowhere"], "no corpus nowhere"),
+        (["--dataset=wikitext103"], "python -m data.wikitext103.prepare"),
+        (["--out_dir={corpus}/meta.json/run"], "cannot write to out_dir"),
+        (["--resume"], "nothing to resume"),
+        (["--device=cuda"], "torch sees no CUDA device"),
+    ],
+)
+def test_bad_input_is_one_line(corpus: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    if options == ["--device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if options == ["--dataset=wikitext103"] and (data.DATA / "wikitext103" / "meta.json").exists():
+        pytest.skip("WikiText-103 is prepared here")
+    options = [option.format(corpus=corpus) for option in options]
+    with pytest.raises(UserError) as error:
+        run_here(arguments(corpus, tmp_path / "run", "--max_steps=1", *options))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_of_the_user_is_one_line_and_exit_code_2() -> None:
+    result = run("train.py", "config/lpa_cpu.py", "--learning_rat=1", expect=2)
+    assert result.stderr == (
+        "error: Unrecognized options: --learning_rat=1; perhaps you meant --learning_rate\n"
+    )
+
+
+def test_importing_train_does_nothing() -> None:
+    assert run("-c", "import train, bench, sample, optim, checkpoint, decode, hardware").stdout == ""
+
+
+def test_presets_load_and_their_twins_are_dense() -> None:
+    names = {path.stem for path in (ROOT / "config").glob("[a-z]*.py")}
+    assert {name.removeprefix("lpa_") for name in names if name.startswith("lpa_")} == {
+        name.removeprefix("dense_") for name in names if name.startswith("dense_")
+    }
+    for name in sorted(name for name in names if name.startswith("lpa_")):
+        low, dense = (load_config([f"config/{n}.py"]) for n in (name, name.replace("lpa_", "dense_")))
+        assert any(dataclasses.asdict(low.gpt.lowdim).values())
+        assert dataclasses.replace(low.gpt, lowdim=LowDim()) == dense.gpt
+        assert low.out_dir == f"out/{name}"
+        assert dense.out_dir != low.out_dir
