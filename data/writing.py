@@ -75,16 +75,13 @@ def prepare(options: PrepareOptions, source: Source, part: str = "", train_token
     Raises UserError: the folder holds something else, the text or the tokenizer cannot be had, the disk is full.
     """
     folder = DATA / options.name
-    folder.mkdir(parents=True, exist_ok=True)
     asked = {"tokenizer": options.tokenizer, "shard_tokens": options.shard_tokens, "train_tokens": train_tokens}
     asked |= source.identity
-    if options.force:
-        remove_prepared(folder, part)
-    if is_prepared(folder, part, asked):
+    if not options.force and is_prepared(folder, part, asked):
         print(f"{options.name} is prepared already:\n{summary(json.loads((folder / f'meta{part}.json').read_text()))}")
         return
     try:
-        tokenizer, spec, shards = start_or_go_on(folder, part, asked, options.tokenizer, source)
+        tokenizer, spec, shards = start_or_go_on(folder, part, asked, options, source)
         shards = write_shards(folder, part, shards, tokenizer, source, options, train_tokens)
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on after the last whole shard") from None
@@ -131,17 +128,20 @@ def remove_prepared(folder: Path, part: str) -> None:
 
 
 def start_or_go_on(
-    folder: Path, part: str, asked: dict[str, Any], choice: str, source: Source
+    folder: Path, part: str, asked: dict[str, Any], options: PrepareOptions, source: Source
 ) -> tuple[Tokenizer, dict[str, Any], list[dict[str, Any]]]:
     """The tokenizer, its spec and the shards noted in progress.jsonl, which it begins where there is none."""
     progress = folder / f"progress{part}.jsonl"
-    if not progress.is_file():
-        tokenizer = choose_tokenizer(choice, source)
+    lines = progress.read_text(encoding="utf-8").splitlines(keepends=True) if progress.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut
+    if options.force or len(whole) < 2:
+        tokenizer = choose_tokenizer(options.tokenizer, source)  # first: where it fails, --force has removed nothing
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.force:
+            remove_prepared(folder, part)
         spec = tokenizer.save(folder)
         write_whole(progress, json.dumps({"prepared_with": asked, "tokenizer": spec}) + "\n")
         return tokenizer, spec, []
-    lines = progress.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut
     start, *shards = map(json.loads, whole)
     refuse_difference(folder, start["prepared_with"], asked)
     for shard in shards:

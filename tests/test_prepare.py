@@ -168,6 +168,9 @@ def test_what_is_there_is_never_lost_silently(tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-2] + b"!!")
     with pytest.raises(UserError, match=f"{shard.name} is damaged, wanted sha256 .*; --force prepares all again"):
         prepare_own(source, corpus)
+    with pytest.raises(UserError, match="tokenizer is 'none'"):
+        prepare_own(source, corpus, "--tokenizer=none", "--force")
+    assert shard.is_file()
     prepare_own(source, corpus, "--force")
     assert hashes(corpus) == before
     prepare_own(source, corpus, "--tokenizer=char", "--force")

@@ -107,11 +107,14 @@ def hub_documents(hub: Hub, part: int, parts: int) -> Iterator[str]:
         raise UserError("streaming from the hub needs: pip install datasets; or give local files: --path") from None
     try:
         rows = datasets.load_dataset(hub.dataset, hub.subset, split="train", streaming=True)
+        for row in split_dataset_by_node(rows, rank=part - 1, world_size=parts):
+            if row[hub.column]:
+                yield row[hub.column]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot reach {hub.dataset} ({type(error).__name__}); give local files with --path") from None
-    for row in split_dataset_by_node(rows, rank=part - 1, world_size=parts):
-        if row[hub.column]:
-            yield row[hub.column]
+        raise UserError(
+            f"cannot read {hub.dataset} from the hub ({type(error).__name__}); the same command goes on after the last "
+            f"whole shard, or give local files with --path"
+        ) from None
 
 
 def merge_parts(folder: Path, parts: int) -> None:
