@@ -55,12 +55,16 @@ class BenchConfig:
 
 def main(c: BenchConfig) -> None:
     gpt = with_vocabulary(c.train)
-    variants = {"model": gpt, "dense": dataclasses.replace(gpt, lowdim=LowDim())}
+    variants = {"model": gpt, "dense": dense_twin(gpt)}
     results = {name: count(variant, c.train.dtype) for name, variant in variants.items()}
     if c.mode != "count":
         device = hardware.choose_device(c.train.device)
         measure(c, variants, results, device)
     print(json.dumps(results, indent=1) if c.json else tables(c, variants, results))
+
+
+def dense_twin(c: GPTConfig) -> GPTConfig:
+    return dataclasses.replace(c, lowdim=LowDim())
 
 
 def with_vocabulary(c: TrainConfig) -> GPTConfig:

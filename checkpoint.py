@@ -41,8 +41,9 @@ def save(run: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: T
 
 
 def write(folder: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    for leftover in folder.parent.glob("step_*.tmp"):  # of a save that a crash cut short
+        shutil.rmtree(leftover)
     partial = folder.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     manifest = state | dict(tokenizer=tokenizer.save(partial))
     for name, value in tensors.items():

@@ -121,8 +121,8 @@ def refuse_difference(folder: Path, there: dict[str, Any], asked: dict[str, Any]
 
 
 def remove_prepared(folder: Path, part: str) -> None:
-    """Only what prepare() writes."""
-    names = [f"*{part}_[0-9][0-9][0-9][0-9][0-9].bin*", f"meta{part}.json*", "meta.json", f"progress{part}.jsonl*"]
+    """Only what prepare() writes; without a part, those of all parts too."""
+    names = [f"*{part}_[0-9][0-9][0-9][0-9][0-9].bin*", f"meta{part}*.json*", "meta.json", f"progress{part}*.jsonl*"]
     for file in (file for name in names for file in folder.glob(name)):
         file.unlink(missing_ok=True)
 

@@ -9,11 +9,18 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from config import load_config
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models this small gain nothing from a second thread, and lose much where the machine is busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +35,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "prepared"
 
 
-def run(*arguments: str, expect: int = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def run(
+    *arguments: str, expect: int = 0, env: dict[str, str] | None = None, stdin: str | None = None
+) -> subprocess.CompletedProcess:
     """A Python of this environment in the repository's root, on one thread; its exit code must be `expect`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    pipes = dict(input=stdin, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, **pipes)
     assert result.returncode == expect, f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}"
     return result
 

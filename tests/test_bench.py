@@ -1,0 +1,88 @@
+"""bench.py's JSON, its counts against plain arithmetic, and its timed modes on a small model.
+
+    .venv/bin/pytest tests/test_bench.py        CPU, about 30 s
+"""
+
+import json
+
+import pytest
+import torch
+from conftest import run
+
+import bench
+from config import load_config
+from model import GPT, GPTConfig, LowDim
+
+COUNTS = {"params", "params_non_embedding", "flops_per_token_forward", "flops_per_token_train"}
+COUNTS |= {"activation_bytes_per_token", "kv_bytes_per_token"}
+TIMES = {"ms_median", "ms_min", "ms_max", "tokens_per_second", "mfu", "peak_memory_bytes"}
+
+
+def bench_json(*arguments: str) -> dict:
+    return json.loads(run("bench.py", *arguments, "--json").stdout)
+
+
+def test_counts_of_the_papers_model_without_its_weights() -> None:
+    """Against the formulas of LPA written out: d 1024, 24 layers, FFN 2736, r 256, T 512, V 32000."""
+    found = bench_json("config/lpa_370m.py", "--vocab_size=32000", "--mode=count")
+    assert found.keys() == {"model", "dense"}
+    d, layers, ffn, r, T, V = 1024, 24, 2736, 256, 512, 32000
+    for name, attention in (("model", 4 * 2 * r * d), ("dense", 4 * d * d)):
+        counts = found[name]
+        assert counts.keys() == COUNTS
+        blocks = layers * (attention + 3 * d * ffn + 2 * d) + d
+        assert counts["params_non_embedding"] == blocks
+        assert counts["params"] == blocks + 2 * V * d
+        assert counts["flops_per_token_forward"] == 2 * layers * (attention + 3 * d * ffn + T * d) + 2 * V * d
+        assert counts["flops_per_token_train"] == 3 * counts["flops_per_token_forward"]
+        assert counts["kv_bytes_per_token"] == 2 * layers * 2 * d
+
+
+def test_the_ratio_of_flops_that_the_speed_target_names() -> None:
+    c = GPTConfig(n_layer=4, n_head=16, n_embd=1024, block_size=512, vocab_size=8192, lowdim=LowDim(256, 256, 256, 256))
+    with torch.device("meta"):
+        low, dense = GPT(c).flops_per_token(), GPT(bench.dense_twin(c)).flops_per_token()
+    assert low / dense == pytest.approx(0.862, abs=5e-4)
+
+
+@pytest.mark.parametrize("lowdim", [LowDim(), LowDim(q=8, k=8, v=8, o=8)])
+def test_activation_bytes_are_those_of_the_tensors_that_backward_needs(lowdim: LowDim) -> None:
+    """To the byte, in a model small enough to write them down: post-norm, ReLU, no positions, no biases."""
+    C, F, V, T, H, r = 32, 128, 96, 16, 4, 8
+    options = dict(mlp="relu", norm="layernorm", norm_order="post", pos="none", ffn_dim=F)
+    c = GPTConfig(n_layer=1, n_head=H, n_embd=C, block_size=T, vocab_size=V, lowdim=lowdim, **options)
+    attention = C + 3 * C + C + H  # its input; q, k, v; its output and log-sum-exp
+    if lowdim.q:
+        attention += 3 * r + r  # the latents of q, k, v and of o
+    mlp = C + F  # its input, and the ReLU's output, from which its gradient and that of down follow
+    norms = 2 * (C + 2)  # the input of each, its mean and its inverse deviation
+    head = C + V  # its input, and the log-softmax
+    assert bench.activation_bytes_per_token(c, "float32") == 4 * (attention + mlp + norms + head)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "prefill", "decode"])
+def test_timed_modes_report_both_variants(mode: str) -> None:
+    small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--vocab_size=128", "--batch_size=2"]
+    small += ["--lowdim.q=8", "--lowdim.k=8", "--lowdim.v=8", "--lowdim.o=8", "--device=cpu", "--decode_tokens=8"]
+    found = bench_json(*small, f"--mode={mode}", "--pairs=3")
+    for variant in found.values():
+        assert variant.keys() >= COUNTS | TIMES
+        assert 0 < variant["ms_min"] <= variant["ms_median"] <= variant["ms_max"]
+        tokens = 2 * (8 if mode == "decode" else 64)
+        assert variant["tokens_per_second"] == pytest.approx(1000 * tokens / variant["ms_median"])
+        assert 0 < variant["mfu"] < 1.5
+        assert variant["peak_memory_bytes"] is None  # a CPU has no such count
+    assert found["model"]["ratio_to_dense"].keys() >= {"ms", "flops", "peak_memory"}
+    assert 0.5 < found["model"]["ratio_to_dense"]["flops"] < 1
+
+
+def test_the_table_names_both_variants_and_every_count() -> None:
+    text = run("bench.py", "config/lpa_cpu.py", "--vocab_size=256").stdout
+    assert "model" in text
+    assert "dense" in text
+    assert all(count in text for count in COUNTS)
+
+
+def test_options_of_the_twins_differ_in_lowdim_only() -> None:
+    c = load_config(["config/lpa_370m.py"]).gpt
+    assert bench.dense_twin(c) == load_config(["config/dense_370m.py"]).gpt
