@@ -78,7 +78,8 @@ def prepare(options: PrepareOptions, source: Source, part: str = "", train_token
     asked = {"tokenizer": options.tokenizer, "shard_tokens": options.shard_tokens, "train_tokens": train_tokens}
     asked |= source.identity
     if not options.force and is_prepared(folder, part, asked):
-        print(f"{options.name} is prepared already:\n{summary(json.loads((folder / f'meta{part}.json').read_text()))}")
+        meta = json.loads((folder / f"meta{part}.json").read_text(encoding="utf-8"))
+        print(f"{options.name} is prepared already:\n{summary(meta)}")
         return
     try:
         tokenizer, spec, shards = start_or_go_on(folder, part, asked, options, source)
