@@ -197,12 +197,12 @@ def make_work(c: BenchConfig, gpt: GPTConfig, device: torch.device) -> Work:
 
     if c.mode == "train":
         train.compile_and_wrap(model, options, world)
-        optimizer = optim.make_optimizer(model, options)
+        optimizers = optim.make_optimizers(model, options)
         scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
         guard = train.Guard(device)
 
         def step() -> None:
-            train.train_step(model, [(x, y)], 1, optimizer, scaler, guard, options, world)
+            train.train_step(model, [(x, y)], 1, optimizers, scaler, guard, options, world)
 
         return Work(step, x.numel(), 3 * forward)
 

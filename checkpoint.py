@@ -1,6 +1,6 @@
 """Checkpoints that survive a crash: out/RUN/ckpt/step_N/ is written whole, its manifest last.
 
-    out/RUN/ckpt/step_1000/    model.pt, optimizer.pt, the tokenizer, manifest.json
+    out/RUN/ckpt/step_1000/    model.pt, optimizers.pt, the tokenizer, manifest.json
     out/RUN/ckpt/last, best    one line each: the name of a step folder, swapped with os.replace
 
 The manifest holds everything a person may want to read (options, step, losses, versions) and size and sha256 of each

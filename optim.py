@@ -1,9 +1,9 @@
-"""Parameter groups, the optimizer and the learning rate of each step."""
+"""Parameter groups, the optimizers and the learning rate of each step."""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import TrainConfig
 from model import GPT, LowRank
@@ -25,24 +25,97 @@ def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
     return [dict(name=name, params=ps, weight_decay=decay[name]) for name, ps in groups.items() if ps]
 
 
-def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW: its kernel skips a step by itself where `optimizer.found_inf` is 1, without asking the host."""
+def make_optimizers(model: GPT, c: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    Each skips a step by itself where its `found_inf` is 1, without asking the host.
+    """
     groups = parameter_groups(model, c.weight_decay)
-    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    muon = []
+    if c.optimizer == "muon":
+        muon = [group for group in groups if group["name"] in ("matrices", "factors")]
+        head = model.lm_head.weight
+        for group in muon:
+            group["params"] = [p for p in group["params"] if p is not head]
+        groups = [group for group in groups if group not in muon]
+        if not model.config.tie_embeddings:
+            groups.append(dict(name="head", params=[head], weight_decay=c.weight_decay))
+    adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    return [adamw, Muon(muon, lr=c.learning_rate)] if muon else [adamw]
 
 
-def describe(optimizer: torch.optim.Optimizer) -> str:
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is made orthogonal before it is added (Jordan 2024, Moonshot arXiv 2502.16982).
+
+    q, k, v and both factors of a low-rank layer are matrices of their own. The step of an (m, n) matrix is scaled by
+    0.2 sqrt(max(m, n)), which gives its elements the size that AdamW's have, so that one learning rate serves both.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves found_inf to us, and does not ask the host
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for shape in sorted({p.shape for p in group["params"]}):  # matrices of a shape in one batched product
+                params = [p for p in group["params"] if p.shape == shape]
+                for p in params:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+                self.step_batch(params, group)
+
+    def step_batch(self, params: list[nn.Parameter], group: dict) -> None:
+        buffers = [self.state[p]["momentum"] for p in params]
+        grad, old = torch.stack([p.grad for p in params]), torch.stack(buffers)  # (number, m, n)
+        new = old.lerp(grad, 1 - group["momentum"])
+        update = orthogonal(grad.lerp(new, group["momentum"]))  # Nesterov's look ahead
+        weights = torch.stack(params)
+        stepped = weights * (1 - group["lr"] * group["weight_decay"])
+        stepped -= group["lr"] * 0.2 * max(grad.shape[1:]) ** 0.5 * update
+        if self.found_inf is not None:
+            new, stepped = (torch.where(self.found_inf > 0, a, b) for a, b in ((old, new), (weights, stepped)))
+        torch._foreach_copy_(buffers, list(new.unbind()))
+        torch._foreach_copy_(params, list(stepped.unbind()))
+
+
+def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
+    """About U V^T of each g = U S V^T, g (number, m, n), by Newton-Schulz steps with singular values from 0.7 to 1.2.
+
+    All of the work is on the Gram matrix of the narrow side: X <- Q X with Q = a + b X X^T + c (X X^T)^2 makes
+    X X^T <- Q (X X^T) Q, and Q commutes with it, so the wide X is needed only at both ends. For a tall factor of rank
+    48 and width 192 this is half of the multiplications. float32: the squares need it, and a CPU is slow at bfloat16.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.float().mT if g.size(-2) > g.size(-1) else g.float()  # (number, R, C), R <= C
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = x @ x.mT  # (number, R, R)
+    product = torch.eye(gram.size(-1), device=g.device).expand_as(gram)
+    for _ in range(steps):
+        square = gram @ gram
+        q = b * gram + c * square
+        q.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = q @ product
+        gram = q @ q @ gram
+    x = product @ x
+    return (x.mT if g.size(-2) > g.size(-1) else x).to(g.dtype)
+
+
+def describe(optimizers: list[torch.optim.Optimizer]) -> str:
     """A line per parameter group."""
     lines = []
-    for group in optimizer.param_groups:
-        tensors, count = len(group["params"]), sum(p.numel() for p in group["params"])
-        lines.append(f"{group['name']:11}{tensors:5} tensors{count:15,} parameters, decay {group['weight_decay']:g}")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            tensors, count = len(group["params"]), sum(p.numel() for p in group["params"])
+            what = f"{tensors:5} tensors{count:15,} parameters, decay {group['weight_decay']:g}"
+            lines.append(f"{type(optimizer).__name__:7}{group['name']:11}{what}")
     return "\n".join(lines)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, c: TrainConfig) -> float:
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, c: TrainConfig) -> float:
     rate = learning_rate(step, c)
-    for group in optimizer.param_groups:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = rate
     return rate
 

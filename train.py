@@ -57,21 +57,21 @@ def main(c: TrainConfig) -> None:
 
     # Model and optimizer: new, or as the last checkpoint has them
     run = Path(c.out_dir)
-    order = dict(data=train_data.fingerprint, seed=c.seed, tokens_per_step=tokens_per_step)
+    order = dict(data=train_data.fingerprint, seed=c.seed, tokens_per_step=tokens_per_step, optimizer=c.optimizer)
     state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, order=order, options=dataclasses.asdict(c))
     folder = world.from_rank_0(lambda: prepare_run(run, c.resume, state))
     with torch.device(world.device if world.device.type == "cuda" else "cpu"):
         model = GPT(c.gpt, c.seed if folder is None else None)
     model.to(world.device)
-    optimizer = optim.make_optimizer(model, c)
+    optimizers = optim.make_optimizers(model, c)
     scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == "float16")
     if folder is not None:
-        restore(folder, state, model, optimizer, scaler)
+        restore(folder, state, model, optimizers, scaler)
     parallel = compile_and_wrap(model, c, world)
     guard = Guard(world.device)
 
     log = Log(run, c, state, model, tokens_per_step, world)
-    log.say(f"{model}\n{optim.describe(optimizer)}")
+    log.say(f"{model}\n{optim.describe(optimizers)}")
     log.say(f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate")
     log.say(
         f"a step: {tokens_per_step:,} tokens = {c.batch_size} sequences x {c.gpt.block_size} tokens"
@@ -82,10 +82,10 @@ def main(c: TrainConfig) -> None:
     # Training. `step` counts finished updates. The log's clock stands still while we evaluate and save.
     last_step = min(c.max_steps, c.stop_step or c.max_steps)
     while (step := state["step"]) < last_step:
-        rate = optim.set_learning_rate(optimizer, step, c)
+        rate = optim.set_learning_rate(optimizers, step, c)
         seed_dropout(c.seed, step, world.rank)
         batches = micro_batches(train_data, c, step, micro_steps, world)
-        loss, norm = train_step(parallel, batches, micro_steps, optimizer, scaler, guard, c, world)
+        loss, norm = train_step(parallel, batches, micro_steps, optimizers, scaler, guard, c, world)
         state["step"] = step = step + 1
 
         asked = world.any_signal(stop_signal)
@@ -103,7 +103,8 @@ def main(c: TrainConfig) -> None:
             state["best_val_loss"] = val_loss if improved else state["best_val_loss"]
         if (saving or improved) and world.rank == 0:
             state |= dict(seconds=log.seconds, wandb_id=log.wandb_id)
-            tensors = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            tensors = dict(model=model.state_dict(), scaler=scaler.state_dict())
+            tensors["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             checkpoint.save(run, tensors, state, tokenizer, improved)
         if evaluating or saving:
             log.start_clock(step)
@@ -118,7 +119,7 @@ def train_step(
     model: nn.Module,
     batches: Iterator[tuple[Tensor, Tensor]],
     micro_steps: int,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     guard: "Guard",
     c: TrainConfig,
@@ -127,7 +128,7 @@ def train_step(
     """One update from all micro-batches of all ranks -> their mean loss and the gradient norm, on the device.
 
     Every sequence has the same length, so the mean of the micro-batches' means is the mean over tokens. Where the loss
-    or the gradient is not finite, the optimizer's kernel leaves weights and moments as they are.
+    or the gradient is not finite, the optimizers leave weights and moments as they are.
     """
     total = torch.zeros((), device=world.device)
     for micro_step, (x, y) in enumerate(batches):
@@ -139,12 +140,15 @@ def train_step(
             scaler.scale(loss).backward()
         total += loss.detach()
     total = world.mean(total)
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-    optimizer.found_inf = guard.count(~(total.isfinite() & norm.isfinite()))
-    scaler.step(optimizer)
+    bad = guard.count(~(total.isfinite() & norm.isfinite()))
+    for optimizer in optimizers:
+        optimizer.found_inf = bad
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     return total, norm
 
 
@@ -327,11 +331,12 @@ def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> Path | None:
     return folder
 
 
-def restore(folder: Path, state: dict[str, Any], model: GPT, optimizer: Any, scaler: Any) -> None:
+def restore(folder: Path, state: dict[str, Any], model: GPT, optimizers: list, scaler: Any) -> None:
     manifest = checkpoint.read_manifest(folder)
     state |= {name: manifest[name] for name in ("step", "seconds", "best_val_loss", "wandb_id")}
     model.load_state_dict(checkpoint.load_tensors(folder, "model"))
-    optimizer.load_state_dict(checkpoint.load_tensors(folder, "optimizer"))
+    for optimizer, saved in zip(optimizers, checkpoint.load_tensors(folder, "optimizers"), strict=True):
+        optimizer.load_state_dict(saved)
     scaler.load_state_dict(checkpoint.load_tensors(folder, "scaler"))
 
 

@@ -58,6 +58,8 @@ class TrainConfig:
     """Share of max_steps in which 'wsd' decays."""
 
     # Optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices inside the blocks, with adamw for the rest."""
     weight_decay: float = 0.0
     """Decoupled decay of the matrices; factors take half of it each, so that their product decays like a matrix."""
     beta1: float = 0.9
@@ -135,7 +137,7 @@ def parse(arguments: list[str], options: type[T], description: str | None = None
     flags = boolean_names(options)
     bare = {**dict.fromkeys(flags, "True"), "resume": "must"}
     written = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
         name, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and name in bare and not equals and following.startswith("--"):
             argument = f"--{name}={bare[name]}"

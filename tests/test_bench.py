@@ -18,13 +18,10 @@ COUNTS |= {"activation_bytes_per_token", "kv_bytes_per_token"}
 TIMES = {"ms_median", "ms_min", "ms_max", "tokens_per_second", "mfu", "peak_memory_bytes"}
 
 
-def bench_json(*arguments: str) -> dict:
-    return json.loads(run("bench.py", *arguments, "--json").stdout)
-
-
 def test_counts_of_the_papers_model_without_its_weights() -> None:
     """Against the formulas of LPA written out: d 1024, 24 layers, FFN 2736, r 256, T 512, V 32000."""
-    found = bench_json("config/lpa_370m.py", "--vocab_size=32000", "--mode=count")
+    command = ["bench.py", "config/lpa_370m.py", "--vocab_size=32000", "--mode=count", "--json"]
+    found = json.loads(run(*command).stdout)
     assert found.keys() == {"model", "dense"}
     d, layers, ffn, r, T, V = 1024, 24, 2736, 256, 512, 32000
     for name, attention in (("model", 4 * 2 * r * d), ("dense", 4 * d * d)):
@@ -61,10 +58,11 @@ def test_activation_bytes_are_those_of_the_tensors_that_backward_needs(lowdim: L
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "prefill", "decode"])
-def test_timed_modes_report_both_variants(mode: str) -> None:
+def test_timed_modes_report_both_variants(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--vocab_size=128", "--batch_size=2"]
     small += ["--lowdim.q=8", "--lowdim.k=8", "--lowdim.v=8", "--lowdim.o=8", "--device=cpu", "--decode_tokens=8"]
-    found = bench_json(*small, f"--mode={mode}", "--pairs=3")
+    bench.main(load_config([*small, f"--mode={mode}", "--pairs=3", "--json"], bench.BenchConfig))
+    found = json.loads(capsys.readouterr().out)
     for variant in found.values():
         assert variant.keys() >= COUNTS | TIMES
         assert 0 < variant["ms_min"] <= variant["ms_median"] <= variant["ms_max"]
@@ -76,8 +74,9 @@ def test_timed_modes_report_both_variants(mode: str) -> None:
     assert 0.5 < found["model"]["ratio_to_dense"]["flops"] < 1
 
 
-def test_the_table_names_both_variants_and_every_count() -> None:
-    text = run("bench.py", "config/lpa_cpu.py", "--vocab_size=256").stdout
+def test_the_table_names_both_variants_and_every_count(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(load_config(["config/lpa_cpu.py", "--vocab_size=256"], bench.BenchConfig))
+    text = capsys.readouterr().out
     assert "model" in text
     assert "dense" in text
     assert all(count in text for count in COUNTS)

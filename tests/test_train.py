@@ -43,8 +43,9 @@ def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, weights and optimizer, by name."""
     folder = out / "ckpt" / f"step_{step}"
     found = dict(torch.load(folder / "model.pt", weights_only=True))
-    for index, state in torch.load(folder / "optimizer.pt", weights_only=True)["state"].items():
-        found |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    for number, optimizer in enumerate(torch.load(folder / "optimizers.pt", weights_only=True)):
+        for index, state in optimizer["state"].items():
+            found |= {f"optimizer{number}.{index}.{name}": value for name, value in state.items()}
     return found
 
 
@@ -242,32 +243,36 @@ def test_compiled_and_eager_checkpoints_have_the_same_keys_and_losses(corpus: Pa
 # --- The step ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pieces() -> tuple:
-    c = TrainConfig(gpt=GPTConfig(vocab_size=64, **small()), learning_rate=0.01, weight_decay=0.1)
+@pytest.fixture(params=["adamw", "muon"])
+def pieces(request: pytest.FixtureRequest) -> tuple:
+    gpt = GPTConfig(vocab_size=64, **small())
+    c = TrainConfig(gpt=gpt, learning_rate=0.01, weight_decay=0.1, optimizer=request.param)
     model = GPT(c.gpt)
-    optimizer = optim.make_optimizer(model, c)
+    optimizers = optim.make_optimizers(model, c)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     idx = torch.randint(64, (4, 33))
-    return c, model, optimizer, scaler, train.Guard(CPU), [(idx[:, :-1], idx[:, 1:])], train.World(0, 1, CPU)
+    return c, model, optimizers, scaler, train.Guard(CPU), [(idx[:, :-1], idx[:, 1:])], train.World(0, 1, CPU)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(pieces: tuple) -> None:
-    c, model, optimizer, scaler, guard, batches, world = pieces
-    train.train_step(model, batches, 1, optimizer, scaler, guard, c, world)
+    c, model, optimizers, scaler, guard, batches, world = pieces
+    train.train_step(model, batches, 1, optimizers, scaler, guard, c, world)
 
     def everything() -> dict[str, torch.Tensor]:
-        moments = {f"{i}.{k}": v.clone() for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-        return {name: p.detach().clone() for name, p in model.named_parameters()} | moments
+        found = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for number, optimizer in enumerate(optimizers):
+            for i, state in optimizer.state_dict()["state"].items():
+                found |= {f"{number}.{i}.{k}": v.clone() for k, v in state.items()}
+        return found
 
     before, weight = everything(), model.transformer.h[0].mlp.up.weight
     for poison in (math.nan, math.inf):
         hook = weight.register_hook(lambda g, poison=poison: torch.full_like(g, poison))
-        train.train_step(model, batches, 1, optimizer, scaler, guard, c, world)
+        train.train_step(model, batches, 1, optimizers, scaler, guard, c, world)
         hook.remove()
         assert same(everything(), before)
     assert guard.skipped == 2
-    train.train_step(model, batches, 1, optimizer, scaler, guard, c, world)
+    train.train_step(model, batches, 1, optimizers, scaler, guard, c, world)
     assert not same(everything(), before)
     assert (guard.skipped, guard.in_a_row, guard.longest) == (2, 0, 2)
     guard.stop_if_lost(4)
@@ -283,9 +288,10 @@ def test_a_run_that_diverges_stops_and_says_so(corpus: Path, tmp_path: Path) -> 
     assert len(losses(tmp_path / "run")) < 15
 
 
+@pytest.mark.parametrize("pieces", ["adamw"], indirect=True)
 def test_clipping_and_accumulation_equal_a_plain_step(pieces: tuple) -> None:
     """Two micro-batches, clipped, against one batch through torch's own AdamW with a plain loop over tokens."""
-    c, model, optimizer, scaler, guard, [(x, y)], world = pieces
+    c, model, optimizers, scaler, guard, [(x, y)], world = pieces
     c = dataclasses.replace(c, grad_clip=0.1, weight_decay=0.0)
     reference = GPT(c.gpt)
     plain = torch.optim.AdamW(reference.parameters(), lr=c.learning_rate, betas=(0.9, 0.95), eps=c.eps, weight_decay=0)
@@ -294,9 +300,9 @@ def test_clipping_and_accumulation_equal_a_plain_step(pieces: tuple) -> None:
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
     plain.step()
-    for group in optimizer.param_groups:
+    for group in optimizers[0].param_groups:
         group["weight_decay"] = 0.0
-    measured = train.train_step(model, [(x[:2], y[:2]), (x[2:], y[2:])], 2, optimizer, scaler, guard, c, world)
+    measured = train.train_step(model, [(x[:2], y[:2]), (x[2:], y[2:])], 2, optimizers, scaler, guard, c, world)
     assert measured[0].item() == pytest.approx(loss.item(), rel=1e-6)
     assert measured[1].item() == pytest.approx(norm.item(), rel=1e-5)
     for (name, a), b in zip(model.named_parameters(), reference.parameters()):
@@ -314,6 +320,45 @@ def test_every_parameter_is_in_one_group_with_the_decay_that_its_product_needs()
     assert {decays[p] for n, p in model.named_parameters() if n.endswith("mlp.up.weight")} == {0.1}
     assert decays[model.transformer.wte.weight] == 0
     assert {decays[p] for p in model.parameters() if p.ndim == 1} == {0}
+
+
+@pytest.mark.parametrize("shape", [(48, 192), (192, 48), (64, 64), (96, 32)])
+def test_orthogonal_equals_plain_newton_schulz_and_nearly_the_svd(shape: tuple[int, int]) -> None:
+    g = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    ours = optim.orthogonal(g)
+    for matrix, result in zip(g.double(), ours):
+        x = matrix / matrix.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        torch.testing.assert_close(result.double(), x, atol=1e-3, rtol=0)
+        values = torch.linalg.svdvals(result)
+        assert values.max() < 1.3
+        assert (values > 0.6).float().mean() > 0.95  # all but those that were nearly zero
+        u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+        assert ((u @ vt) * result).sum() / (result.norm() * min(shape) ** 0.5) > 0.97
+
+
+def test_a_muon_step_is_that_of_each_matrix_alone() -> None:
+    c = TrainConfig(gpt=GPTConfig(vocab_size=64, **small()), learning_rate=0.02, weight_decay=0.1, optimizer="muon")
+    model = GPT(c.gpt)
+    adamw, muon = optim.make_optimizers(model, c)
+    assert {p for o in (adamw, muon) for g in o.param_groups for p in g["params"]} == set(model.parameters())
+    inside = {p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name}
+    assert {p for group in muon.param_groups for p in group["params"]} == inside
+    expected, momentum = {n: p.detach().clone() for n, p in model.named_parameters()}, {}
+    for step in range(3):
+        for i, (name, p) in enumerate(model.named_parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            if p in inside:
+                momentum[name] = 0.95 * momentum.get(name, 0) + 0.05 * p.grad
+                update = optim.orthogonal((0.05 * p.grad + 0.95 * momentum[name])[None])[0]
+                decay = 0.05 if name.endswith((".A", ".B")) else 0.1
+                expected[name] *= 1 - 0.02 * decay
+                expected[name] -= 0.02 * 0.2 * max(p.shape) ** 0.5 * update
+        muon.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, expected[name], atol=1e-5, rtol=0, msg=name)
 
 
 def test_learning_rate_schedules() -> None:

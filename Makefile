@@ -1,0 +1,29 @@
+# make demo: see a low-dimensional GPT learn, write, and be measured. make test: the checks that guard every change.
+# Both make .venv with what they need; PYTHON=python3.12 chooses another Python (3.11 or later).
+
+PYTHON ?= python3
+python := .venv/bin/python
+
+.PHONY: demo test test-slow
+
+demo: .venv/installed
+	$(python) train.py config/lpa_cpu.py
+	$(python) sample.py out/lpa_cpu --prompt="def " --max_new_tokens=600
+	$(python) bench.py config/lpa_cpu.py --mode=train
+
+test: .venv/installed-dev
+	$(python) -m ruff check .
+	$(python) -m pytest
+
+test-slow: .venv/installed-dev
+	$(python) -m pytest -m slow
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or later is needed, $(PYTHON) is {sys.version.split()[0]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+	$(python) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(python) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
