@@ -12,14 +12,14 @@ dataset = "pystdlib"  # prepares itself, without a network
 n_layer = 4
 n_head = 4
 n_embd = 192
-block_size = 256
+block_size = 128
 lowdim = dict(q=48, k=48, v=48, o=48)
 
-batch_size = 8  # 2,048 tokens a step
-max_steps = 1000
-learning_rate = 3e-3
-min_lr = 1e-4
+batch_size = 4  # 512 tokens a step: on a CPU many small steps learn more than few large ones
+max_steps = 4200  # 2.2M tokens
+learning_rate = 8e-4
+min_lr = 8e-5
 warmup_steps = 50
 weight_decay = 0.1
-eval_interval = 250
-log_interval = 20
+eval_interval = 0  # only at the end, on the whole split
+log_interval = 100
