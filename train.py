@@ -50,7 +50,7 @@ def main(c: TrainConfig) -> None:
     train_data, val_data = data.open_corpus(c.dataset, "train"), data.open_corpus(c.dataset, "val")
     c = with_vocabulary(c, train_data, val_data)
     tokenizer = load_tokenizer(train_data.folder, train_data.meta["tokenizer"])
-    micro_steps = accumulation(c, world)
+    c, micro_steps = share_step(c, world)
     tokens_per_step = c.batch_size * c.gpt.block_size * world.size * micro_steps
     windows = data.eval_windows(val_data, c.gpt.block_size, c.eval_tokens)
     bits_per_byte = val_data.tokens / val_data.bytes / math.log(2)  # of a loss of one nat per token
@@ -292,17 +292,18 @@ def with_vocabulary(c: TrainConfig, *corpora: data.Corpus) -> TrainConfig:
     return dataclasses.replace(c, gpt=dataclasses.replace(c.gpt, vocab_size=vocab_size))
 
 
-def accumulation(c: TrainConfig, world: World) -> int:
-    """Micro-steps that make tokens_per_step out of what one pass over all ranks sees."""
-    a_pass = c.batch_size * c.gpt.block_size * world.size
-    wanted = c.tokens_per_step or a_pass
-    if wanted % a_pass:
-        near = max(1, round(wanted / a_pass)) * a_pass
+def share_step(c: TrainConfig, world: World) -> tuple[TrainConfig, int]:
+    """The options with a batch_size that suits so many ranks, and the micro-steps that make up tokens_per_step."""
+    sequences, rest = divmod(c.tokens_per_step or c.batch_size * c.gpt.block_size * world.size, c.gpt.block_size)
+    batch_size = min(c.batch_size, sequences // world.size)
+    if rest or batch_size == 0 or sequences % (batch_size * world.size):
+        a_pass = c.batch_size * c.gpt.block_size * world.size
         raise UserError(
-            f"tokens_per_step is {wanted}, wanted a multiple of batch_size x block_size x ranks = {c.batch_size} x"
-            f" {c.gpt.block_size} x {world.size} = {a_pass}, for example {near}"
+            f"tokens_per_step is {c.tokens_per_step}, wanted a multiple of batch_size x block_size x ranks ="
+            f" {c.batch_size} x {c.gpt.block_size} x {world.size} = {a_pass}, for example"
+            f" {max(1, round(c.tokens_per_step / a_pass)) * a_pass}"
         )
-    return wanted // a_pass
+    return dataclasses.replace(c, batch_size=batch_size), sequences // (batch_size * world.size)
 
 
 def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> Path | None:

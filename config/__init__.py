@@ -38,7 +38,7 @@ class TrainConfig:
     dataset: str = "pystdlib"
     """A corpus below data/, or the path of a folder that holds meta.json and its shards."""
     batch_size: int = 8
-    """Sequences per rank and micro-step."""
+    """Sequences per rank and micro-step; fewer where tokens_per_step would not reach for all ranks."""
     tokens_per_step: int | None = None
     """Tokens per optimizer step over all ranks; None = one micro-step on every rank."""
 
@@ -99,8 +99,6 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr is {self.min_lr}, wanted at most learning_rate = {self.learning_rate}")
-        if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, wanted at most max_steps = {self.max_steps}")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}, wanted above 0 and at most 1")
 

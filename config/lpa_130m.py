@@ -7,7 +7,7 @@ loss      paper: test perplexity 18.95 (dense 18.84) per LLaMA-2 token, which is
 """
 
 out_dir = "out/lpa_130m"
-dataset = "webtext"  # python -m data.webtext.prepare: 2.6B tokens of the Pile, a BPE of 32,000 tokens
+dataset = "webtext"  # python -m data.webtext.prepare --corpus=pile --tokenizer=bpe:32000 --tokens=2.6e9
 
 n_layer = 12
 n_head = 12

@@ -8,7 +8,7 @@ loss      paper: test perplexity 11.68 (dense 12.10) per LLaMA-2 token, which is
 
 from config.lpa_130m import *  # noqa: F403 (setting 2: norms, SwiGLU, RoPE, optimizer, bfloat16)
 
-out_dir = "out/lpa_370m"
+out_dir = "out/lpa_370m"  # and 6.8B tokens of the Pile: --tokens=6.8e9 in the command that lpa_130m names
 
 n_layer = 24
 n_head = 16

@@ -7,7 +7,7 @@ loss      paper: test perplexity 6.11 (dense 6.45) per LLaMA-2 token, which is 1
 """
 
 out_dir = "out/lpa_3b"
-dataset = "webtext"  # python -m data.webtext.prepare --tokens=51e9
+dataset = "webtext"  # python -m data.webtext.prepare --corpus=pile --tokenizer=bpe:32000 --tokens=51e9
 
 n_layer = 16
 n_head = 32

@@ -15,7 +15,8 @@ n_embd = 192
 block_size = 128
 lowdim = dict(q=48, k=48, v=48, o=48)
 
-batch_size = 4  # 512 tokens a step: on a CPU many small steps learn more than few large ones
+batch_size = 4
+tokens_per_step = 4 * block_size  # 512: on a CPU many small steps learn more than few large ones
 max_steps = 4200  # 2.2M tokens
 learning_rate = 8e-4
 min_lr = 8e-5

@@ -225,6 +225,25 @@ def test_two_ranks_train_as_one_does(corpus: Path, tmp_path: Path) -> None:
         assert (ours[name] - theirs[name]).norm() <= 1e-6 * ours[name].norm(), name
 
 
+@pytest.mark.parametrize(("batch_size", "tokens", "ranks", "expected"), [
+    (4, None, 1, (4, 1)), (4, None, 3, (4, 1)), (4, 512, 1, (4, 4)), (4, 512, 2, (4, 2)), (4, 512, 4, (4, 1)),
+    (4, 512, 8, (2, 1)), (6, 192 * 5, 1, (6, 5)),
+])  # fmt: skip
+def test_a_step_is_shared_by_any_number_of_ranks(
+    batch_size: int, tokens: int | None, ranks: int, expected: tuple[int, int]
+) -> None:
+    c = TrainConfig(gpt=GPTConfig(vocab_size=64, **small()), batch_size=batch_size, tokens_per_step=tokens)
+    shared, micro_steps = train.share_step(c, train.World(0, ranks, CPU))
+    assert (shared.batch_size, micro_steps) == expected
+
+
+@pytest.mark.parametrize(("tokens", "ranks"), [(500, 1), (512, 3), (320, 1), (64, 4)])
+def test_a_step_that_cannot_be_shared_is_an_error(tokens: int, ranks: int) -> None:
+    c = TrainConfig(gpt=GPTConfig(vocab_size=64, **small()), batch_size=4, tokens_per_step=tokens)
+    with pytest.raises(UserError, match=f"tokens_per_step is {tokens}, wanted a multiple of"):
+        train.share_step(c, train.World(0, ranks, CPU))
+
+
 def small() -> dict:
     return dict(n_layer=2, n_head=2, n_embd=32, block_size=32, lowdim=LowDim(q=8, k=8, v=8, o=8))
 

@@ -1,0 +1,71 @@
+"""Every command of the README names what exists, parses, and, for the three of the demo, runs.
+
+    .venv/bin/pytest tests/test_readme.py        CPU, about 20 s
+"""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+import bench
+import sample
+from config import TrainConfig, load_config, parse
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = sorted({
+    line.split("#")[0].split("|")[-1].strip()
+    for block in BLOCKS
+    for line in block.splitlines()
+    if re.match(r"(python|torchrun|make|cat) ", line)
+})  # fmt: skip
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 10
+    assert any(command.startswith("torchrun") for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_exists_and_its_options_parse(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        return
+    while program == "torchrun" and arguments[0].startswith("--"):
+        arguments = arguments[1:]
+    if arguments[0] == "-m":
+        module = importlib.import_module(arguments[1])
+        parse(arguments[2:], module.Options)
+        return
+    script, *arguments = arguments
+    assert (ROOT / script).exists()
+    if script == "sample.py":
+        parse(arguments, sample.SampleConfig)
+    else:
+        load_config(arguments, {"train.py": TrainConfig, "bench.py": bench.BenchConfig}[script])
+
+
+def test_every_file_of_the_tree_exists_and_none_is_missing() -> None:
+    tree = next(block for block in BLOCKS if block.startswith("model.py"))
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    assert all((ROOT / name).exists() for name in named)
+    code = {path.name for path in ROOT.glob("*.py")}
+    assert code <= named
+
+
+def test_the_commands_of_the_demo_run(tmp_path: Path) -> None:
+    """Those that `make demo` runs, on less."""
+    demo = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    lines = [line.replace("$(python)", "python").strip() for line in demo.splitlines()]
+    assert all(line in README for line in lines)
+    less = {"train.py": [f"--out_dir={tmp_path}/run", "--max_steps=2", "--eval_tokens=640", "--device=cpu"]}
+    less |= {"sample.py": ["--max_new_tokens=5"], "bench.py": ["--pairs=1", "--device=cpu"]}
+    for line in lines:
+        _, script, *arguments = shlex.split(line)
+        arguments = [argument.replace("out/lpa_cpu", f"{tmp_path}/run") for argument in arguments]
+        assert run(script, *arguments, *less[script]).stdout
