@@ -258,8 +258,10 @@ class World:
 def join_world(device: str) -> World:
     """torchrun says who we are; without it we are alone."""
     world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), hardware.choose_device(device))
-    if world.size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
+    if world.size > 1 and world.device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device)
+    elif world.size > 1:
+        dist.init_process_group("gloo")
     return world
 
 

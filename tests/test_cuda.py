@@ -1,0 +1,72 @@
+"""The same numbers on a GPU as on the CPU, in float32 and bfloat16. Skipped where there is none.
+
+    .venv/bin/pytest tests/test_cuda.py        one CUDA GPU, about a minute
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_log, run_here
+
+import bench
+import hardware
+from model import GPT, GPTConfig, LowDim
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+SIZES = dict(n_layer=2, n_head=4, n_embd=128, block_size=64, vocab_size=256)
+SETTINGS = {
+    "setting 2": dict(lowdim=LowDim(q=32, k=32, v=32, o=32)),
+    "setting 1": dict(norm="layernorm", norm_order="post", mlp="relu", pos="learned", bias=True, lowdim=LowDim(q=32, o=32)),
+    "dense, shared key heads": dict(n_kv_head=2),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_logits_and_gradients_are_those_of_the_cpu(setting: str, dtype: str, tolerance: float) -> None:
+    c = GPTConfig(**SIZES, **SETTINGS[setting])
+    reference = GPT(c)
+    model = GPT(c).cuda()
+    model.load_state_dict(reference.state_dict())
+    idx = torch.randint(256, (4, 65), generator=torch.Generator().manual_seed(1))
+    reference(idx[:, :-1], idx[:, 1:]).backward()
+    with hardware.autocast(torch.device("cuda"), dtype):
+        loss = model(idx[:, :-1].cuda(), idx[:, 1:].cuda())
+    loss.backward()
+    torch.testing.assert_close(loss.cpu(), reference(idx[:, :-1], idx[:, 1:]), atol=tolerance, rtol=tolerance)
+    for (name, p), q in zip(reference.named_parameters(), model.parameters()):
+        difference = (p.grad - q.grad.cpu()).norm() / p.grad.norm()
+        assert difference < (1e-4 if dtype == "float32" else 5e-2), name
+
+
+@pytest.mark.parametrize("mode", ["off", "block", "model"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_learns_and_resumes(corpus: Path, tmp_path: Path, mode: str, optimizer: str) -> None:
+    options = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--block_size=64", "--lowdim.k=16", "--lowdim.v=16"]
+    options += [f"--dataset={corpus}", f"--compile={mode}", f"--optimizer={optimizer}", "--dtype=bfloat16", "--device=cuda"]
+    options += ["--log_interval=1", "--eval_interval=0", "--eval_tokens=640", "--max_steps=20", "--dropout=0.1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_here(["train.py", *options, f"--out_dir={whole}"])
+    run_here(["train.py", *options, f"--out_dir={parts}", "--stop_step=10"])
+    run_here(["train.py", *options, f"--out_dir={parts}", "--resume"])
+    a, b = ([line["loss"] for line in read_log(out) if "loss" in line] for out in (whole, parts))
+    assert a == pytest.approx(b, rel=2e-3)
+    assert a[-1] < a[0] - 0.3
+
+
+def test_counted_activations_are_those_that_the_allocator_holds() -> None:
+    c = GPTConfig(n_layer=4, n_head=8, n_embd=512, block_size=512, vocab_size=8192, lowdim=LowDim(128, 128, 128, 128))
+    model = GPT(c).cuda()
+    held = []
+    for batch_size in (4, 8):
+        idx = torch.zeros(batch_size, c.block_size, dtype=torch.long, device="cuda")
+        before = torch.cuda.memory_allocated()
+        with hardware.autocast(torch.device("cuda"), "bfloat16"):
+            loss = model(idx, idx)
+        held.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+        del loss
+    measured = (held[1] - held[0]) / (4 * c.block_size)
+    assert bench.activation_bytes_per_token(c, "bfloat16") == pytest.approx(measured, rel=0.05)
