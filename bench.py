@@ -46,6 +46,8 @@ class BenchConfig:
     """Print one JSON object in place of tables."""
 
     def __post_init__(self) -> None:
+        if self.mode in ("prefill", "decode") and self.train.compile in ("model", "block"):
+            raise ValueError(f"compile is {self.train.compile!r}, but mode {self.mode!r} runs eager: leave compile out")
         if self.pairs < 1:
             raise ValueError(f"pairs is {self.pairs}, wanted 1 or more")
         if not 0 < self.decode_tokens < self.train.gpt.block_size:

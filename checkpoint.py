@@ -21,23 +21,31 @@ from data.tokenizers import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig, LowDim
 
 
-def save(run: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer, best: bool) -> None:
-    """Write step_N of `tensors` (one .pt file a key) and `state` (JSON), then point `last`, and perhaps `best`, at it.
+def save(run: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Write step_N of `tensors` (one .pt file a key) and `state` (JSON), then point `last` at it.
 
     Keeps the two newest and the best. Where it fails, on a full disk say, UserError, and the earlier ones stay.
     """
     folder = run / "ckpt" / f"step_{state['step']}"
     try:
         write(folder, tensors, state, tokenizer)
-        for pointer in ("last", "best") if best else ("last",):
-            point(run, pointer, folder.name)
+        point(run, "last", folder.name)
     except OSError as error:
         raise UserError(f"could not save {folder}: {error.strerror}; earlier checkpoints are as they were") from None
     kept = run / "ckpt" / "best"
     best_name = kept.read_text().strip() if kept.exists() else None
-    for old in steps(run)[2:]:
+    older = [old for old in steps(run) if step_of(old) < state["step"]]  # what is newer was broken, and passed over
+    for old in older[1:]:
         if old.name != best_name:
             shutil.rmtree(old)
+
+
+def mark_best(run: Path, step: int, val_loss: float) -> None:
+    """The checkpoint of this step, saved already, has the lowest validation loss so far."""
+    folder = run / "ckpt" / f"step_{step}"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_whole(folder / "manifest.json", json.dumps(manifest | dict(best_val_loss=val_loss), indent=1))
+    point(run, "best", folder.name)
 
 
 def write(folder: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -58,17 +66,18 @@ def write(folder: Path, tensors: dict[str, Any], state: dict[str, Any], tokenize
 
 
 def point(run: Path, pointer: str, name: str) -> None:
-    partial = run / "ckpt" / f"{pointer}.tmp"
-    partial.write_text(name + "\n")
-    sync(partial)
-    os.replace(partial, run / "ckpt" / pointer)
-    sync(run / "ckpt")
+    """`last` and `best` are for people and scripts; a resume looks at the step folders themselves."""
+    write_whole(run / "ckpt" / pointer, name + "\n")
 
 
 def steps(run: Path) -> list[Path]:
     """The step folders of a run, newest first."""
-    found = [f for f in (run / "ckpt").glob("step_*") if f.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda f: -int(f.name.removeprefix("step_")))
+    found = [folder for folder in (run / "ckpt").glob("step_*") if folder.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -77,6 +86,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no whole checkpoint: its manifest.json cannot be read ({error})") from None
+    known = {"step", "options", "tokenizer", "files"}
+    if not isinstance(manifest, dict) or not known <= manifest.keys():
+        raise UserError(f"{folder / 'manifest.json'} is not one of ours, wanted one with {', '.join(sorted(known))}")
     for name, seen in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).exists() else None
         if size != seen["bytes"]:
@@ -86,16 +98,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line about each newer one that does not."""
+def newest(run: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that verifies, its manifest, and a line about each newer one that does not."""
     complaints = []
     for folder in steps(run):
         try:
-            read_manifest(folder)
-            return folder, complaints
+            return folder, read_manifest(folder), complaints
         except UserError as error:
             complaints.append(str(error))
-    return None, complaints
+    return None, {}, complaints
 
 
 def load_tensors(folder: Path, name: str) -> Any:
@@ -105,17 +116,19 @@ def load_tensors(folder: Path, name: str) -> Any:
 def load_model(run: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """A run folder (its newest whole checkpoint), or one step folder -> model in eval mode, tokenizer, manifest."""
     if (run / "manifest.json").exists():
-        folder = run
+        folder, manifest = run, read_manifest(run)
     else:
-        folder, complaints = newest(run)
+        folder, manifest, complaints = newest(run)
         if folder is None:
             raise UserError("; ".join(complaints) or f"{run} holds no checkpoint: train first, or name a run folder")
         for complaint in complaints:
             print(f"warning: {complaint}; using {folder.name}")
-    manifest = read_manifest(folder)
-    with device:
-        model = GPT(gpt_config(manifest["options"]["gpt"]), seed=None)
-    model.load_state_dict(load_tensors(folder, "model"))
+    try:
+        with device:
+            model = GPT(gpt_config(manifest["options"]["gpt"]), seed=None)
+        model.load_state_dict(load_tensors(folder, "model"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # options or names that this model does not have
+        raise UserError(f"{folder} is of another model or version: {' '.join(str(error).split())[:200]}") from None
     return model.eval(), load_tokenizer(folder, manifest["tokenizer"]), manifest
 
 
@@ -139,6 +152,15 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
 def sha256(file: Path) -> str:
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file has its old contents or the new ones, never a part of them."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

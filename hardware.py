@@ -22,6 +22,9 @@ def choose_device(name: str = "auto") -> torch.device:
         if not torch.cuda.is_available():
             raise UserError("device is cuda, but torch sees no CUDA device here; use --device=auto or --device=cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            ranks, gpus = os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
+            raise UserError(f"nproc_per_node is {ranks}, wanted at most {gpus}, the GPUs of this machine")
         torch.cuda.set_device(device)
         return device
     if name == "mps" and not torch.backends.mps.is_available():

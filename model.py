@@ -67,9 +67,12 @@ class GPTConfig:
     """On the embeddings and on what each sublayer adds to the residual stream."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            if getattr(self, name) < 1:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "attn_dim", "n_kv_head", "ffn_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 1 or more")
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted above 0")
         if self.heads_dim % self.n_head:
             name = "n_embd" if self.attn_dim is None else "attn_dim"
             raise ValueError(f"{name} is {self.heads_dim}, wanted a multiple of n_head = {self.n_head}")
@@ -367,7 +370,7 @@ class GPT(nn.Module):
         outside = [] if embeddings else ["transformer.wte.", "transformer.wpe.", "lm_head."]
         return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(tuple(outside)))
 
-    def flops_per_token(self, block_size: int | None = None) -> int:
+    def flops_per_token(self) -> int:
         """Matmul and causal attention FLOPs of a forward pass, 2 a multiply-add, at a context of block_size.
 
         A token attends to (T + 1) / 2 tokens on average, counted as T / 2: q k^T and its product with v together take
@@ -376,7 +379,7 @@ class GPT(nn.Module):
         c = self.config
         matrices = sum(p.numel() for m in self.modules() if isinstance(m, Dense | LowRank) for p in m.parameters())
         biases = sum(m.bias.numel() for m in self.modules() if isinstance(m, Dense | LowRank) and m.bias is not None)
-        return 2 * (matrices - biases) + c.n_layer * 2 * (block_size or c.block_size) * c.heads_dim
+        return 2 * (matrices - biases) + c.n_layer * 2 * c.block_size * c.heads_dim
 
     def __repr__(self) -> str:
         return describe(self)

@@ -5,6 +5,7 @@
 """
 
 import codecs
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,9 @@ class SampleConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted 1 or more")
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}, wanted 0 or more")
         if self.top_k is not None and self.top_k < 1:
@@ -83,5 +87,6 @@ def read_prompt(c: SampleConfig) -> str:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    with user_errors(), contextlib.suppress(KeyboardInterrupt):
         main(parse(sys.argv[1:], SampleConfig, __doc__))

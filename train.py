@@ -1,4 +1,4 @@
-"""Pretrain a GPT from memory-mapped shards. Importing this does nothing; main(config) is the story.
+"""Pretrain a GPT on shards of tokens. Importing this does nothing; main(config) is the story.
 
     python train.py config/lpa_cpu.py                                       one process, CPU or one GPU
     torchrun --nproc_per_node=8 train.py config/lpa_370m.py                 many GPUs of one machine
@@ -59,18 +59,20 @@ def main(c: TrainConfig) -> None:
     run = Path(c.out_dir)
     order = dict(data=train_data.fingerprint, seed=c.seed, tokens_per_step=tokens_per_step, optimizer=c.optimizer)
     state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, order=order, options=dataclasses.asdict(c))
-    folder = world.from_rank_0(lambda: prepare_run(run, c.resume, state))
+    folder, manifest = world.from_rank_0(lambda: prepare_run(run, c.resume, state))
     with torch.device(world.device if world.device.type == "cuda" else "cpu"):
         model = GPT(c.gpt, c.seed if folder is None else None)
     model.to(world.device)
     optimizers = optim.make_optimizers(model, c)
     scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == "float16")
     if folder is not None:
-        restore(folder, state, model, optimizers, scaler)
+        state |= {name: manifest[name] for name in ("step", "seconds", "best_val_loss", "wandb_id")}
+        restore(folder, model, optimizers, scaler)
     parallel = compile_and_wrap(model, c, world)
     guard = Guard(world.device)
 
-    log = Log(run, c, state, model, tokens_per_step, world)
+    last_step = c.max_steps if c.stop_step is None else min(c.max_steps, c.stop_step)
+    log = Log(run, c, state, model, tokens_per_step, last_step, world)
     log.say(f"{model}\n{optim.describe(optimizers)}")
     log.say(f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate")
     log.say(
@@ -79,8 +81,14 @@ def main(c: TrainConfig) -> None:
     )
     log.say(f"going on from {folder}" if folder else f"writing to {run}")
 
+    def save() -> None:
+        if world.rank == 0:
+            state.update(seconds=log.seconds, wandb_id=log.wandb_id)
+            tensors = dict(model=model.state_dict(), scaler=scaler.state_dict())
+            tensors["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            checkpoint.save(run, tensors, state, tokenizer)
+
     # Training. `step` counts finished updates. The log's clock stands still while we evaluate and save.
-    last_step = min(c.max_steps, c.stop_step or c.max_steps)
     while (step := state["step"]) < last_step:
         rate = optim.set_learning_rate(optimizers, step, c)
         seed_dropout(c.seed, step, world.rank)
@@ -95,17 +103,20 @@ def main(c: TrainConfig) -> None:
         if log.first or evaluating or saving or due(step, c.log_interval):
             log.step(step, loss.item(), norm.item(), rate, guard)  # here, and only here, the host waits for the device
             guard.stop_if_lost(step)
-        improved = False
+        if saving:  # before the evaluation, which may take long and be cut short
+            save()
         if evaluating:
-            val_loss = evaluate(model, val_data, windows, c, world)
-            log.evaluation(step, val_loss, val_loss * bits_per_byte)
-            improved = state["best_val_loss"] is None or val_loss < state["best_val_loss"]
-            state["best_val_loss"] = val_loss if improved else state["best_val_loss"]
-        if (saving or improved) and world.rank == 0:
-            state |= dict(seconds=log.seconds, wandb_id=log.wandb_id)
-            tensors = dict(model=model.state_dict(), scaler=scaler.state_dict())
-            tensors["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            checkpoint.save(run, tensors, state, tokenizer, improved)
+            val_loss = evaluate(model, val_data, windows, c, world, stop_signal)  # nan where a signal cut it short
+            asked = world.any_signal(stop_signal)
+            better = val_loss < (state["best_val_loss"] or math.inf)
+            if asked is None:
+                log.evaluation(step, val_loss, val_loss * bits_per_byte)
+            if (better or asked is not None) and not saving:
+                save()
+            if better:
+                state["best_val_loss"] = val_loss
+                if world.rank == 0:
+                    checkpoint.mark_best(run, step, val_loss)
         if evaluating or saving:
             log.start_clock(step)
         if asked is not None:
@@ -146,20 +157,27 @@ def train_step(
     bad = guard.count(~(total.isfinite() & norm.isfinite()))
     for optimizer in optimizers:
         optimizer.found_inf = bad
-        scaler.step(optimizer)
+        optimizer.step()  # not scaler.step, which would put its own verdict in the place of ours
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return total, norm
 
 
 @torch.no_grad()
-def evaluate(model: GPT, corpus: data.Corpus, windows: Any, c: TrainConfig, world: "World") -> float:
-    """Mean loss over the same windows every time, shared by all ranks: summed, then divided."""
+def evaluate(
+    model: GPT, corpus: data.Corpus, windows: Any, c: TrainConfig, world: "World", stop_signal: list[str]
+) -> float:
+    """Mean loss over the same windows every time, shared by all ranks: summed, then divided; nan after a signal."""
     model.eval()
     mine = windows[world.rank :: world.size]
     total = torch.zeros((), device=world.device)
-    for start in range(0, len(mine), c.batch_size):
+    for start in range(0, -(-len(windows) // world.size), c.batch_size):  # as often on every rank
+        if world.any_signal(stop_signal):
+            model.train()
+            return math.nan
         chunk = mine[start : start + c.batch_size]
+        if len(chunk) == 0:
+            continue
         x, y = (t.to(world.device) for t in data.eval_batch(corpus, c.gpt.block_size, chunk))
         # A last, smaller batch is not worth another compilation.
         stance = torch.compiler.set_stance("default" if len(chunk) == c.batch_size else "force_eager")
@@ -223,6 +241,7 @@ class World:
     def mean(self, value: Tensor) -> Tensor:
         """The mean over ranks of a tensor on the device; no synchronisation with the host."""
         if self.size > 1:
+            value = value.clone()
             dist.all_reduce(value)
         return value / self.size
 
@@ -271,7 +290,8 @@ def catch_signals() -> list[str]:
 
     def remember(number: int, _frame: Any) -> None:
         caught.append(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, remember)
     signal.signal(signal.SIGINT, remember)
@@ -288,7 +308,8 @@ def prepare_missing(dataset: str) -> None:
 def with_vocabulary(c: TrainConfig, *corpora: data.Corpus) -> TrainConfig:
     """The options with a vocab_size: the corpus's, padded to a multiple of 128 for the sake of the head's matrix."""
     largest = max(corpus.max_token for corpus in corpora)
-    vocab_size = c.gpt.vocab_size or -(-corpora[0].vocab_size // 128) * 128
+    padded = -(-corpora[0].vocab_size // 128) * 128
+    vocab_size = padded if c.gpt.vocab_size is None else c.gpt.vocab_size
     if largest >= vocab_size:
         raise UserError(f"vocab_size is {vocab_size}, but {c.dataset} holds token {largest}; leave vocab_size out")
     return dataclasses.replace(c, gpt=dataclasses.replace(c.gpt, vocab_size=vocab_size))
@@ -296,10 +317,10 @@ def with_vocabulary(c: TrainConfig, *corpora: data.Corpus) -> TrainConfig:
 
 def share_step(c: TrainConfig, world: World) -> tuple[TrainConfig, int]:
     """The options with a batch_size that suits so many ranks, and the micro-steps that make up tokens_per_step."""
-    sequences, rest = divmod(c.tokens_per_step or c.batch_size * c.gpt.block_size * world.size, c.gpt.block_size)
-    batch_size = min(c.batch_size, sequences // world.size)
-    if rest or batch_size == 0 or sequences % (batch_size * world.size):
-        a_pass = c.batch_size * c.gpt.block_size * world.size
+    a_pass = c.batch_size * c.gpt.block_size * world.size
+    sequences, rest = divmod(c.tokens_per_step or a_pass, c.gpt.block_size)
+    batch_size = min(c.batch_size, sequences // world.size) if world.size > 1 else c.batch_size
+    if rest or batch_size == 0 or sequences == 0 or sequences % (batch_size * world.size):
         raise UserError(
             f"tokens_per_step is {c.tokens_per_step}, wanted a multiple of batch_size x block_size x ranks ="
             f" {c.batch_size} x {c.gpt.block_size} x {world.size} = {a_pass}, for example"
@@ -308,38 +329,44 @@ def share_step(c: TrainConfig, world: World) -> tuple[TrainConfig, int]:
     return dataclasses.replace(c, batch_size=batch_size), sequences // (batch_size * world.size)
 
 
-def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> Path | None:
-    """Make the run's folder; the checkpoint to go on from, or None for a new run. Never overwrites an earlier run."""
-    folder, complaints = checkpoint.newest(run)
+def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """Make the run's folder -> the checkpoint to go on from and its manifest, or None for a new run.
+
+    Never overwrites an earlier run: that one is moved aside. Raises UserError where there is nothing to resume, or the
+    checkpoint is of another model, other data, another seed or optimizer.
+    """
+    if run.resolve() == Path.cwd().resolve():
+        raise UserError(f"out_dir is {str(run)!r}, wanted a folder of its own, such as out/run")
+    folder, manifest, complaints = checkpoint.newest(run)
     if folder is None and (resume == "must" or (resume == "auto" and complaints)):
         raise UserError("; ".join(complaints) or f"nothing to resume: {run} holds no checkpoint; leave --resume out")
-    if resume == "never" and (run / "log.jsonl").exists():
-        number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
-        run.rename(f"{run}.{number}")
-        print(f"an earlier run in {run} was moved to {run}.{number}")
+    if resume != "never" and folder is not None:
+        for complaint in complaints:
+            print(f"warning: {complaint}; passed over")
+        changed = checkpoint.differences(manifest["options"]["gpt"], state["options"]["gpt"])
+        changed += checkpoint.differences(manifest["order"], state["order"])
+        if changed:
+            raise UserError(f"{folder} is of another run. " + "; ".join(changed))
     try:
+        if resume == "never" and ((run / "log.jsonl").exists() or (run / "ckpt").exists()):
+            number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
+            run.rename(f"{run}.{number}")
+            print(f"an earlier run in {run} was moved to {run}.{number}")
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.json").write_text(json.dumps(state["options"], indent=1))
     except OSError as error:
         raise UserError(f"cannot write to out_dir {run}: {error.strerror}") from None
-    if resume == "never" or folder is None:
-        return None
-    for complaint in complaints:
-        print(f"warning: {complaint}; passed over")
-    saved = checkpoint.read_manifest(folder)
-    changed = checkpoint.differences(saved["options"]["gpt"], state["options"]["gpt"])
-    changed += checkpoint.differences(saved["order"], state["order"])
-    if changed:
-        raise UserError(f"{folder} is of another run. " + "; ".join(changed))
-    return folder
+    return (None, {}) if resume == "never" else (folder, manifest)
 
 
-def restore(folder: Path, state: dict[str, Any], model: GPT, optimizers: list, scaler: Any) -> None:
-    manifest = checkpoint.read_manifest(folder)
-    state |= {name: manifest[name] for name in ("step", "seconds", "best_val_loss", "wandb_id")}
+def restore(folder: Path, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
+    """Weights and moments as they were; decay, betas and the like as this run's options have them."""
     model.load_state_dict(checkpoint.load_tensors(folder, "model"))
     for optimizer, saved in zip(optimizers, checkpoint.load_tensors(folder, "optimizers"), strict=True):
+        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
+        for group, wanted in zip(optimizer.param_groups, options):
+            group.update(wanted)
     scaler.load_state_dict(checkpoint.load_tensors(folder, "scaler"))
 
 
@@ -357,15 +384,26 @@ class Log:
     """What a run tells: lines on the terminal, log.jsonl, and wandb when asked. Ranks other than 0 are silent."""
 
     def __init__(
-        self, run: Path, c: TrainConfig, state: dict[str, Any], model: GPT, tokens_per_step: int, world: World
+        self,
+        run: Path,
+        c: TrainConfig,
+        state: dict[str, Any],
+        model: GPT,
+        tokens_per_step: int,
+        last_step: int,
+        world: World,
     ) -> None:
         self.silent = world.rank != 0
         self.first, self.seconds, self.wandb_id, self.wandb = True, state["seconds"], state["wandb_id"], None
-        self.max_steps, self.tokens_per_step = c.max_steps, tokens_per_step
+        self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
+        rate = hardware.matmul_rate(world.device, c.dtype)  # on all ranks at once: they may share a machine
+        self.matmul_rate = world.size * world.mean(torch.tensor(rate, device=world.device)).item()
         if not self.silent:
             self.flops_per_token = 3 * model.flops_per_token()  # backward takes twice the forward pass
-            self.matmul_rate = world.size * hardware.matmul_rate(world.device, c.dtype)
-            self.open(run, state, model, world)
+            try:
+                self.open(run, state, model, world)
+            except OSError as error:
+                raise UserError(f"cannot write {run / 'log.jsonl'}: {error.strerror}") from None
             if c.wandb:
                 self.open_wandb(run, state)
         self.start_clock(state["step"])
@@ -374,8 +412,7 @@ class Log:
         """Start log.jsonl, or on a resume drop what a crashed run wrote after its checkpoint, and tell the setting."""
         path, kept = run / "log.jsonl", []
         if state["step"] > 0 and path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= state["step"]]
+            kept = [line for line in path.read_text().splitlines(keepends=True) if logged_by(line, state["step"])]
         path.with_suffix(".tmp").write_text("".join(kept))
         path.with_suffix(".tmp").replace(path)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (stays open; a line at a time reaches the disk)
@@ -406,6 +443,9 @@ class Log:
             print(text, flush=True)
 
     def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None  # JSON has no nan
         if not self.silent:
             self.file.write(json.dumps(record) + "\n")
         if self.wandb:
@@ -419,7 +459,7 @@ class Log:
             return
         speed = (step - self.clock_step) * self.tokens_per_step / (now - self.clock)
         mfu = speed * self.flops_per_token / self.matmul_rate
-        minutes, seconds = divmod(int((self.max_steps - step) * self.tokens_per_step / speed), 60)
+        minutes, seconds = divmod(int((self.last_step - step) * self.tokens_per_step / speed), 60)
         skipped = f" | {guard.skipped.item()} skipped" if guard.skipped else ""
         self.say(
             f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.2f}"
@@ -440,6 +480,14 @@ class Log:
         self.say(f"{best}{self.seconds:.0f} s of training")
         if self.wandb:
             self.wandb.finish()
+
+
+def logged_by(line: str, step: int) -> bool:
+    """Whether a line of log.jsonl is whole and not later than this step."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ presets from left to right, puts what they assign in front of the user's own arg
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import runpy
@@ -38,7 +39,7 @@ class TrainConfig:
     dataset: str = "pystdlib"
     """A corpus below data/, or the path of a folder that holds meta.json and its shards."""
     batch_size: int = 8
-    """Sequences per rank and micro-step; fewer where tokens_per_step would not reach for all ranks."""
+    """Sequences per rank and micro-step; fewer where tokens_per_step does not give so many to each of several ranks."""
     tokens_per_step: int | None = None
     """Tokens per optimizer step over all ranks; None = one micro-step on every rank."""
 
@@ -90,13 +91,17 @@ class TrainConfig:
     wandb: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "max_steps", "learning_rate", "log_interval", "save_interval")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, wanted above 0")
+        positive = ("batch_size", "max_steps", "learning_rate", "eps", "log_interval", "save_interval")
+        for name in (*positive, "tokens_per_step", "stop_step", "eval_tokens"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:  # nan is neither
+                raise ValueError(f"{name} is {value}, wanted above 0")
         for name in ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "seed"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 0 and below 1")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr is {self.min_lr}, wanted at most learning_rate = {self.learning_rate}")
         if not 0 < self.decay_share <= 1:
@@ -117,7 +122,10 @@ def read_preset(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         presets = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py")))
         raise UserError(f"no preset file {path}; config/ has {presets}")
-    assigned = runpy.run_path(path)
+    try:
+        assigned = runpy.run_path(path)
+    except (Exception, SystemExit) as error:  # whatever its Python does wrong is for its author to mend
+        raise UserError(f"preset {path} fails with {type(error).__name__}: {error}") from None
     return {k: v for k, v in assigned.items() if k[0] != "_" and not isinstance(v, ModuleType) and not callable(v)}
 
 
@@ -189,3 +197,6 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

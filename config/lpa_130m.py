@@ -30,3 +30,4 @@ learning_rate = 1e-3
 weight_decay = 0.0
 eps = 1e-5
 dtype = "bfloat16"
+eval_tokens = 2_000_000

@@ -31,3 +31,5 @@ learning_rate = 6e-4
 weight_decay = 0.0
 eps = 1e-5
 dtype = "bfloat16"
+eval_interval = 1000
+eval_tokens = 10_000_000

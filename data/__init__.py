@@ -129,7 +129,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json. Raises UserError where it is not one of ours."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        known = meta["format"] == 1 and meta["dtype"] in SHARD_MAGIC
+        known = meta["format"] == 1 and meta["dtype"] in SHARD_MAGIC and {"splits", "vocab_size"} <= meta.keys()
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:

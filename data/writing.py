@@ -5,7 +5,6 @@ the results into shards in the order of the text. A shard that is full is flushe
 progress.jsonl; a run that was killed goes on after the last of them, and ends with the same bytes.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -87,9 +86,7 @@ def prepare(options: PrepareOptions, source: Source, part: str = "", train_token
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on after the last whole shard") from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"no space left for {folder}; after making room the same command goes on") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; the same command goes on where it was") from None
     meta = describe(tokenizer, spec, shards, asked)
     write_whole(folder / f"meta{part}.json", json.dumps(meta, indent=1, ensure_ascii=False))
     (folder / f"progress{part}.jsonl").unlink()

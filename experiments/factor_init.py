@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import train
-from config import load_config, parse, user_errors
+from config import UserError, load_config, parse, user_errors
 
 ARMS = {
     "dense twin": dict(lowdim=dict.fromkeys("qkvo", 0)),
@@ -53,6 +53,8 @@ def trained(o: Options, arm: str, changes: dict, rate: float, seed: int) -> floa
     c = load_config([o.preset, *flags])
     if not finished(out, o.steps):
         train.main(c)
+    if not finished(out, o.steps):
+        raise UserError(f"{out} was stopped; the same command goes on")
     return json.loads((out / "log.jsonl").read_text().splitlines()[-1])["val_bits_per_byte"]
 
 
@@ -78,6 +80,7 @@ def write(o: Options, table: dict[tuple[str, float], list[float]]) -> None:
         spread = statistics.stdev(values) if len(values) > 1 else float("nan")
         lines.append(f"| {arm} | {rate:g} | {statistics.mean(values):.4f} | {spread:.4f} |")
     text = "\n".join(lines) + "\n"
+    Path("results").mkdir(exist_ok=True)
     Path("results/factor_init.md").write_text(text)
     print(text)
 

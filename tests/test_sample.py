@@ -151,7 +151,7 @@ def test_a_prompt_with_unknown_characters_names_them() -> None:
 def test_a_checkpoint_cannot_run_code(trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "evil"
     shutil.copytree(trained, copy)
-    folder, _ = checkpoint.newest(copy)
+    folder, _, _ = checkpoint.newest(copy)
 
     class Evil:
         def __reduce__(self) -> tuple:

@@ -139,19 +139,46 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(
         raise Crash
 
     def save(step: int) -> None:
-        checkpoint.save(tmp_path, dict(model=torch.full((9,), step)), dict(step=step), ByteTokenizer(), best=False)
+        checkpoint.save(tmp_path, dict(model=torch.full((9,), step)), dict(step=step, options={}), ByteTokenizer())
 
     save(1)
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(place, crash)
         save(2)
-    folder, complaints = checkpoint.newest(tmp_path)
+    folder, _, complaints = checkpoint.newest(tmp_path)
     assert complaints == []
     step = 2 if place == "checkpoint.point" else 1  # there the new one is whole, though `last` does not name it yet
     assert torch.equal(checkpoint.load_tensors(folder, "model"), torch.full((9,), step))
     save(3)
     assert (tmp_path / "ckpt" / "last").read_text() == "step_3\n"
     assert not list(tmp_path.glob("ckpt/*.tmp"))
+
+
+def test_a_checkpoint_newer_than_the_one_just_saved_was_broken_and_costs_it_nothing(tmp_path: Path) -> None:
+    def save(step: int) -> None:
+        checkpoint.save(tmp_path, dict(model=torch.full((9,), step)), dict(step=step, options={}), ByteTokenizer())
+
+    for step in (10, 20, 30):
+        save(step)
+    for step in (20, 30):
+        (tmp_path / "ckpt" / f"step_{step}" / "model.pt").write_bytes(b"cut")
+    save(15)
+    assert checkpoint.newest(tmp_path)[0].name == "step_15"
+    for step in (40, 50, 60):
+        save(step)
+    checkpoint.mark_best(tmp_path, 50, 1.5)
+    for step in (70, 80):
+        save(step)
+    assert [folder.name for folder in checkpoint.steps(tmp_path)] == ["step_80", "step_70", "step_50"]
+    assert checkpoint.read_manifest(tmp_path / "ckpt" / "step_50")["best_val_loss"] == 1.5
+
+
+def test_a_resume_takes_the_options_of_this_run_for_the_optimizer(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run_here(arguments(corpus, out, "--max_steps=2", "--weight_decay=0.1"))
+    run_here(arguments(corpus, out, "--max_steps=4", "--weight_decay=0.3", "--resume"))
+    groups = torch.load(out / "ckpt" / "step_4" / "optimizers.pt", weights_only=True)[0]["param_groups"]
+    assert {group["name"]: group["weight_decay"] for group in groups}["matrices"] == 0.3
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
@@ -181,7 +208,7 @@ def test_sigterm_saves_and_exits_with_zero(corpus: Path, tmp_path: Path) -> None
     rest = process.stdout.read()
     assert process.wait(timeout=60) == 0
     assert "SIGTERM: saved step" in rest
-    folder, complaints = checkpoint.newest(out)
+    folder, _, complaints = checkpoint.newest(out)
     assert int(folder.name.removeprefix("step_")) >= 5
     assert complaints == []
 
@@ -208,7 +235,7 @@ def test_two_ranks_train_as_one_does(corpus: Path, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = run(*torchrun, *arguments(corpus, two, *options))
     assert result.stdout.count("step 1/5") == 1  # rank 0 alone speaks
-    for a, b in zip(read_log(one), read_log(two)):
+    for a, b in zip(read_log(one), read_log(two), strict=True):
         assert a.keys() == b.keys()
         for name in ("loss", "grad_norm", "val_loss"):
             assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-6), name
@@ -262,13 +289,13 @@ def test_compiled_and_eager_checkpoints_have_the_same_keys_and_losses(corpus: Pa
 # --- The step ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["adamw", "muon"])
+@pytest.fixture(params=["adamw", "muon", "muon scaled"])
 def pieces(request: pytest.FixtureRequest) -> tuple:
     gpt = GPTConfig(vocab_size=64, **small())
-    c = TrainConfig(gpt=gpt, learning_rate=0.01, weight_decay=0.1, optimizer=request.param)
+    c = TrainConfig(gpt=gpt, learning_rate=0.01, weight_decay=0.1, optimizer=request.param.split()[0])
     model = GPT(c.gpt)
     optimizers = optim.make_optimizers(model, c)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled="scaled" in request.param, init_scale=8.0)
     idx = torch.randint(64, (4, 33))
     return c, model, optimizers, scaler, train.Guard(CPU), [(idx[:, :-1], idx[:, 1:])], train.World(0, 1, CPU)
 
@@ -402,7 +429,9 @@ def test_evaluation_is_the_mean_over_the_split_whatever_the_batch(corpus: Path) 
     expected = F.cross_entropy(logits, text[1:]).item()
     for batch_size in (3, 7):
         options = dataclasses.replace(c, batch_size=batch_size)
-        assert train.evaluate(model, val, windows, options, train.World(0, 1, CPU)) == pytest.approx(expected, rel=1e-6)
+        measured = train.evaluate(model, val, windows, options, train.World(0, 1, CPU), [])
+        assert measured == pytest.approx(expected, rel=1e-6)
+    assert math.isnan(train.evaluate(model, val, windows, c, train.World(0, 1, CPU), ["SIGTERM"]))
 
 
 def test_the_log_tells_the_setting_and_each_step(corpus: Path, tmp_path: Path) -> None:
@@ -463,6 +492,13 @@ def test_wandb_goes_on_with_the_same_run(corpus: Path, tmp_path: Path) -> None:
         (["--out_dir={corpus}/meta.json/run"], "cannot write to out_dir"),
         (["--resume"], "nothing to resume"),
         (["--device=cuda"], "torch sees no CUDA device"),
+        (["--stop_step=0"], "stop_step is 0, wanted above 0"),
+        (["--tokens_per_step=-64"], "tokens_per_step is -64, wanted above 0"),
+        (["--learning_rate=nan"], "learning_rate is nan, wanted above 0"),
+        (["--beta1=2"], "beta1 is 2.0, wanted at least 0 and below 1"),
+        (["--ffn_dim=0"], "ffn_dim is 0, wanted 1 or more"),
+        (["--norm_eps=-1"], "norm_eps is -1.0, wanted above 0"),
+        (["--out_dir=."], "wanted a folder of its own"),
     ],
 )
 def test_bad_input_is_one_line(corpus: Path, tmp_path: Path, options: list[str], message: str) -> None:

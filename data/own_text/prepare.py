@@ -42,7 +42,20 @@ def main(options: Options) -> None:
     identity = {**identity_of(files), "column": options.column, "val_share": options.val_share}
     plain = all(file.suffix == ".txt" for file in files)
     total = sum(file.stat().st_size for file in files) if plain else None
-    prepare(options, Source(lambda: pieces(files, options), identity, total))
+    prepare(options, Source(lambda: with_both_splits(pieces(files, options)), identity, total))
+
+
+def with_both_splits(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The pieces. Raises UserError at their end where nothing was there to train on or to validate with."""
+    missing = {"train", "val"}
+    for piece in pieces:
+        missing.discard(piece.split)
+        yield piece
+    if missing:
+        raise UserError(
+            f"the text gives no {' and no '.join(sorted(missing))} split: add documents, raise --val_share, or name a"
+            " file for it, such as val.txt"
+        )
 
 
 def pieces(files: list[Path], options: Options) -> Iterator[Piece]:

@@ -15,9 +15,8 @@ A run that was stopped reads the stream again from its start, but tokenises and 
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -72,13 +71,13 @@ def main(options: Options) -> None:
         )
     if options.path is None:
         identity = {"hub": list(CORPORA[options.corpus])}
-        documents = lambda: hub_documents(CORPORA[options.corpus], part, parts)  # noqa: E731
+        pieces = lambda: hub_pieces(CORPORA[options.corpus], part, parts)  # noqa: E731
     else:
         files = find_files(options.path)
         identity = {**identity_of(files), "column": options.column}
-        documents = lambda: islice(local_documents(files, options.column), part - 1, None, parts)  # noqa: E731
+        pieces = lambda: local_pieces(files, options.column, part, parts)  # noqa: E731
     train_tokens = options.tokens and options.tokens / parts
-    prepare(options, Source(lambda: split(documents()), identity), part_mark(part, parts), train_tokens)
+    prepare(options, Source(pieces, identity), part_mark(part, parts), train_tokens)
     if parts > 1:
         merge_parts(DATA / options.name, parts)
 
@@ -87,19 +86,22 @@ def part_mark(part: int, parts: int) -> str:
     return f"_{part:02d}of{parts:02d}" if parts > 1 else ""
 
 
-def split(documents: Iterable[str]) -> Iterator[Piece]:
-    return (Piece("val" if share_of(text) < VAL_SHARE else "train", text) for text in documents)
+def split_of(key: str) -> str:
+    return "val" if share_of(key) < VAL_SHARE else "train"
 
 
-def local_documents(files: list[Path], column: str) -> Iterator[str]:
+def local_pieces(files: list[Path], column: str, part: int, parts: int) -> Iterator[Piece]:
+    """Every parts-th document: a row, or a .txt file, which comes in pieces and is split by its name."""
+    number = 0
     for file in files:
-        if kind_of(file) in (".jsonl", ".parquet"):
-            yield from (text for text, _ in read_file(file, column))
-        else:
-            yield "".join(text for text, _ in read_file(file))
+        rows = kind_of(file) in (".jsonl", ".parquet")
+        for text, ends_document in read_file(file, column):
+            if number % parts == part - 1:
+                yield Piece(split_of(text if rows else file.name), text, ends_document)
+            number += ends_document
 
 
-def hub_documents(hub: Hub, part: int, parts: int) -> Iterator[str]:
+def hub_pieces(hub: Hub, part: int, parts: int) -> Iterator[Piece]:
     try:
         import datasets
         from datasets.distributed import split_dataset_by_node
@@ -109,7 +111,7 @@ def hub_documents(hub: Hub, part: int, parts: int) -> Iterator[str]:
         rows = datasets.load_dataset(hub.dataset, hub.subset, split="train", streaming=True)
         for row in split_dataset_by_node(rows, rank=part - 1, world_size=parts):
             if row[hub.column]:
-                yield row[hub.column]
+                yield Piece(split_of(row[hub.column]), row[hub.column])
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot read {hub.dataset} from the hub ({type(error).__name__}); the same command goes on after the last "
