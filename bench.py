@@ -56,7 +56,7 @@ class BenchConfig:
 def main(c: BenchConfig) -> None:
     gpt = with_vocabulary(c.train)
     variants = {"model": gpt, "dense": dense_twin(gpt)}
-    results = {name: count(variant, c.train.dtype) for name, variant in variants.items()}
+    results = {name: count(variant, c.train.dtype, c.train.recompute) for name, variant in variants.items()}
     if c.mode != "count":
         device = hardware.choose_device(c.train.device)
         measure(c, variants, results, device)
@@ -77,7 +77,7 @@ def with_vocabulary(c: TrainConfig) -> GPTConfig:
     return dataclasses.replace(c.gpt, vocab_size=32000)
 
 
-def count(c: GPTConfig, dtype: str) -> dict[str, Any]:
+def count(c: GPTConfig, dtype: str, recompute: str = "none") -> dict[str, Any]:
     """What needs no measurement; the weights are never in memory. Bytes a token are for block_size tokens."""
     with torch.device("meta"):
         model = GPT(c)
@@ -87,12 +87,12 @@ def count(c: GPTConfig, dtype: str) -> dict[str, Any]:
         params_non_embedding=model.n_params(embeddings=False),
         flops_per_token_forward=forward,
         flops_per_token_train=3 * forward,
-        activation_bytes_per_token=activation_bytes_per_token(c, dtype),
+        activation_bytes_per_token=activation_bytes_per_token(c, dtype, recompute),
         kv_bytes_per_token=2 * c.n_layer * 2 * c.kv_heads * c.head_dim,  # bf16 keys and values
     )
 
 
-def activation_bytes_per_token(c: GPTConfig, dtype: str) -> int:
+def activation_bytes_per_token(c: GPTConfig, dtype: str, recompute: str = "none") -> int:
     """Bytes that a training step keeps between forward and backward for each token, at a context of block_size.
 
     Storages are counted that a forward pass leaves alive, whatever holds them, on fake CPU tensors: there attention
@@ -104,6 +104,8 @@ def activation_bytes_per_token(c: GPTConfig, dtype: str) -> int:
     alive = []
     with FakeTensorMode():
         model = GPT(c, seed=None)
+        for block in model.transformer.h:
+            block.recompute = recompute
         for batch_size in (1, 2):
             idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
             with LiveStorages() as storages, hardware.autocast(torch.device("cpu"), dtype):

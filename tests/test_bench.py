@@ -53,7 +53,7 @@ def test_activation_bytes_are_those_of_the_tensors_that_backward_needs(lowdim: L
         attention += 3 * r + r  # the latents of q, k, v and of o
     mlp = C + F  # its input, and the ReLU's output, from which its gradient and that of down follow
     norms = 2 * (C + 2)  # the input of each, its mean and its inverse deviation
-    head = C + V  # its input, and the log-softmax
+    head = C  # the gradient of its input, made with the loss
     assert bench.activation_bytes_per_token(c, "float32") == 4 * (attention + mlp + norms + head)
 
 
