@@ -284,9 +284,11 @@ class Block(nn.Module):
         self.mlp = MLP(c)
         self.dropout = nn.Dropout(c.dropout)
         self.recompute: Literal["none", "latents", "block"] = "none"
-        # A last product before the sum is needed by nobody in backward, unless a norm or a dropout comes after it.
-        last = {c.hidden_dim} if c.norm_order == "post" or c.dropout else set()
-        self.keep = partial(create_selective_checkpoint_contexts, partial(keep_wide, {c.n_embd, c.heads_dim} | last))
+        wide = {c.n_embd, c.heads_dim}
+        # Nothing in backward reads what a dense `down` makes, unless a norm or a dropout follows it.
+        if c.norm_order == "post" or c.dropout or c.lowdim.down:
+            wide.add(c.hidden_dim)
+        self.keep = partial(create_selective_checkpoint_contexts, partial(keep_wide, wide))
 
     def forward(self, x: Tensor, rotation: Tensor | None, cache: Cache | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). With `recompute`, backward rebuilds what it needs from x and what `keep` saves."""
@@ -305,15 +307,16 @@ class Block(nn.Module):
         return x + self.dropout(self.norm2(self.mlp(x)))
 
 
+LOSS_CHUNK = 1024  # tokens whose logits are there together
+
+
 class HeadLoss(torch.autograd.Function):
-    """The head and its cross entropy, CHUNK tokens at a time, so that the logits (B T, V) are never there together.
+    """The head and its cross entropy by LOSS_CHUNK tokens, so that the logits (B T, V) are never there together.
 
     The gradients are made along with the loss, while a chunk's logits are at hand. On the CPU (B T 1024, C 1024,
     V 8192, 12 alternated rounds) head and loss took 1.01 of their time with all logits kept, and 1.34 where a
     checkpoint made each chunk's logits a second time.
     """
-
-    CHUNK = 1024
 
     @staticmethod
     def forward(
@@ -323,9 +326,9 @@ class HeadLoss(torch.autograd.Function):
         w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         loss = torch.zeros((), device=x.device)
         grad_x, grad_w, grad_b = torch.empty_like(x), None, None
-        for start in range(0, len(x), HeadLoss.CHUNK):
-            chunk, y = x[start : start + HeadLoss.CHUNK], targets[start : start + HeadLoss.CHUNK, None]
-            log_p = F.log_softmax(F.linear(chunk, w, b), -1, dtype=torch.float32)  # (CHUNK, V)
+        for start in range(0, len(x), LOSS_CHUNK):
+            chunk, y = x[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK, None]
+            log_p = F.log_softmax(F.linear(chunk, w, b), -1, dtype=torch.float32)  # (LOSS_CHUNK, V)
             loss -= log_p.gather(1, y).sum()
             if not with_gradients:
                 continue
@@ -334,7 +337,7 @@ class HeadLoss(torch.autograd.Function):
             if b is not None:
                 grad_b = grad.sum(0) if grad_b is None else grad_b + grad.sum(0)
             grad = grad.to(x.dtype)
-            grad_x[start : start + HeadLoss.CHUNK] = grad @ w
+            grad_x[start : start + LOSS_CHUNK] = grad @ w
             part = (grad.T @ chunk).to(weight.dtype)
             grad_w = part if grad_w is None else grad_w.add_(part)
         if with_gradients:
