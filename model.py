@@ -291,7 +291,11 @@ class Block(nn.Module):
         self.keep = partial(create_selective_checkpoint_contexts, partial(keep_wide, wide))
 
     def forward(self, x: Tensor, rotation: Tensor | None, cache: Cache | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With `recompute`, backward rebuilds what it needs from x and what `keep` saves."""
+        """x (B, T, C) -> (B, T, C). With `recompute`, backward rebuilds what it needs from x and what `keep` saves.
+
+        'latents' over 'none', 4 layers of C 1024 at rank 256, T 512, V 8192: 2.7 % more FLOPs; on one core of a busy
+        machine 1.04 of the CPU time in the fastest step of each, 0.98 (quartiles 0.96, 1.05) in the median of 7 pairs.
+        """
         if self.recompute == "none" or cache is not None or not torch.is_grad_enabled():
             return self.add_sublayers(x, rotation, cache)
         options = dict(use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
@@ -315,7 +319,7 @@ class HeadLoss(torch.autograd.Function):
 
     The gradients are made along with the loss, while a chunk's logits are at hand. On the CPU (B T 1024, C 1024,
     V 8192, 12 alternated rounds) head and loss took 1.01 of their time with all logits kept, and 1.34 where a
-    checkpoint made each chunk's logits a second time.
+    checkpoint made each chunk's logits a second time. Every target must be a token: there is no ignored index.
     """
 
     @staticmethod
