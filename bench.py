@@ -58,7 +58,7 @@ class BenchConfig:
 def main(c: BenchConfig) -> None:
     gpt = with_vocabulary(c.train)
     variants = {"model": gpt, "dense": dense_twin(gpt)}
-    results = {name: count(variant, c.train.dtype) for name, variant in variants.items()}
+    results = {name: count(variant, c.train.dtype, c.train.recompute) for name, variant in variants.items()}
     if c.mode != "count":
         device = hardware.choose_device(c.train.device)
         measure(c, variants, results, device)
@@ -79,7 +79,7 @@ def with_vocabulary(c: TrainConfig) -> GPTConfig:
     return dataclasses.replace(c.gpt, vocab_size=32000)
 
 
-def count(c: GPTConfig, dtype: str) -> dict[str, Any]:
+def count(c: GPTConfig, dtype: str, recompute: str = "none") -> dict[str, Any]:
     """What needs no measurement; the weights are never in memory. Bytes a token are for block_size tokens."""
     with torch.device("meta"):
         model = GPT(c)
@@ -89,23 +89,26 @@ def count(c: GPTConfig, dtype: str) -> dict[str, Any]:
         params_non_embedding=model.n_params(embeddings=False),
         flops_per_token_forward=forward,
         flops_per_token_train=3 * forward,
-        activation_bytes_per_token=activation_bytes_per_token(c, dtype),
+        activation_bytes_per_token=activation_bytes_per_token(c, dtype, recompute),
         kv_bytes_per_token=2 * c.n_layer * 2 * c.kv_heads * c.head_dim,  # bf16 keys and values
     )
 
 
-def activation_bytes_per_token(c: GPTConfig, dtype: str) -> int:
+def activation_bytes_per_token(c: GPTConfig, dtype: str, recompute: str = "none") -> int:
     """Bytes that a training step keeps between forward and backward for each token, at a context of block_size.
 
     Storages are counted that a forward pass leaves alive, whatever holds them, on fake CPU tensors: there attention
-    is fused, and keeps its output and log-sum-exp. The difference of two batch sizes leaves out what does not grow
-    with the batch, such as the weights' copies in dtype.
+    is fused, and keeps its output and log-sum-exp. RMSNorm is not fused there as it is on CUDA: one that is not
+    recomputed is charged its float32 input and result, which a GPU would not keep. The difference of two batch sizes
+    leaves out what does not grow with the batch, such as the weights' copies in dtype.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     alive = []
     with FakeTensorMode():
         model = GPT(c, seed=None)
+        for block in model.transformer.h:
+            block.recompute = recompute
         for batch_size in (1, 2):
             idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
             with LiveStorages() as storages, hardware.autocast(torch.device("cpu"), dtype):

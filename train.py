@@ -371,7 +371,9 @@ def restore(folder: Path, model: GPT, optimizers: list[torch.optim.Optimizer], s
 
 
 def compile_and_wrap(model: GPT, c: TrainConfig, world: World) -> nn.Module:
-    """Compile in place, so that parameters keep their names, then DDP where there are several ranks."""
+    """Recompute and compile in place, so that parameters keep their names, then DDP where there are several ranks."""
+    for block in model.transformer.h:
+        block.recompute = c.recompute
     mode = hardware.choose_compile(c.compile, world.device)
     for module in {"off": [], "model": [model], "block": model.transformer.h}[mode]:
         module.compile(dynamic=False)

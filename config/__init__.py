@@ -75,6 +75,9 @@ class TrainConfig:
     """Of matrix products, under autocast; weights and optimizer state are float32."""
     compile: Literal["auto", "off", "model", "block"] = "auto"
     """torch.compile of the whole model or of one block; auto = see hardware.choose_compile."""
+    recompute: Literal["none", "latents", "block"] = "none"
+    """What backward rebuilds to save memory. latents: all but attention and the products over the model width, a few
+    percent slower; block: whole blocks, a third slower; none: nothing."""
 
     # Run
     out_dir: str = "out/run"
