@@ -11,13 +11,15 @@ Shapes: B batch, T time, C n_embd, H heads, G key and value heads, D head width,
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from memory import HeadLoss, keep_wide
 
 
 @dataclass(frozen=True)
@@ -259,25 +261,6 @@ class MLP(nn.Module):
         return self.down(F.relu(h) if self.kind == "relu" else F.gelu(h, approximate="tanh"))
 
 
-# The attention kernels that never form T x T scores, by device and by what they can take
-FUSED_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
-
-
-def keep_wide(widths: set[int], _context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """What backward finds saved: attention, with its log-sum-exp, and the products that contract over one of `widths`.
-
-    All else is cheap to run again: an up-projection contracts over a rank only, the rest is a pass over its elements.
-    """
-    at = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}.get(op)  # where x (B T, width) stands
-    wide = at is not None and args[at].size(1) in widths
-    return CheckpointPolicy.MUST_SAVE if wide or op in FUSED_ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 class Block(nn.Module):
     def __init__(self, c: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -312,51 +295,6 @@ class Block(nn.Module):
             return x + self.dropout(self.mlp(self.norm2(x)))
         x = x + self.dropout(self.norm1(self.attn(x, rotation, cache)))
         return x + self.dropout(self.norm2(self.mlp(x)))
-
-
-LOSS_CHUNK = 1024  # tokens whose logits are there together
-
-
-class HeadLoss(torch.autograd.Function):
-    """The head and its cross entropy by LOSS_CHUNK tokens, so that the logits (B T, V) are never there together.
-
-    The gradients are made along with the loss, while a chunk's logits are at hand. On the CPU (B T 1024, C 1024,
-    V 8192, 12 alternated rounds) head and loss took 1.01 of their time with all logits kept, and 1.34 where a
-    checkpoint made each chunk's logits a second time. Every target must be a token: there is no ignored index.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_gradients: bool
-    ) -> Tensor:
-        """x (B T, C), weight (V, C), bias (V) or None, targets (B T) -> the sum of the losses in nats, float32."""
-        w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        loss = torch.zeros((), device=x.device)
-        grad_x, grad_w, grad_b = torch.empty_like(x), None, None
-        for start in range(0, len(x), LOSS_CHUNK):
-            chunk, y = x[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK, None]
-            log_p = F.log_softmax(F.linear(chunk, w, b), -1, dtype=torch.float32)  # (LOSS_CHUNK, V)
-            loss -= log_p.gather(1, y).sum()
-            if not with_gradients:
-                continue
-            # Of the sum, not the mean: a small p / (B T) would vanish in float16, whose loss scale is yet to come.
-            grad = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=log_p.dtype))
-            if b is not None:
-                grad_b = grad.sum(0) if grad_b is None else grad_b + grad.sum(0)
-            grad = grad.to(x.dtype)
-            grad_x[start : start + LOSS_CHUNK] = grad @ w
-            part = (grad.T @ chunk).to(weight.dtype)
-            grad_w = part if grad_w is None else grad_w.add_(part)
-        if with_gradients:
-            ctx.save_for_backward(grad_x, grad_w, grad_b)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_w, grad_b = ctx.saved_tensors
-        # float32, as a mean's 1 / (B T) is not a power of two and bfloat16 would round it for all tokens alike
-        grad_x = (grad_x.float() * grad).to(grad_x.dtype)
-        return grad_x, grad_w * grad, None if grad_b is None else grad_b * grad, None, None
 
 
 class GPT(nn.Module):

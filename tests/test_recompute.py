@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 from config import load_config
-from model import FUSED_ATTENTION, GPT, GPTConfig, HeadLoss, LowDim
+from memory import FUSED_ATTENTION, HeadLoss
+from model import GPT, GPTConfig, LowDim
 
 # Every width differs from every other, so that a product's shape tells which one it is.
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, attn_dim=48, ffn_dim=80, block_size=16, vocab_size=96)
@@ -194,7 +195,7 @@ def test_activations_of_the_papers_370m_model() -> None:
 @pytest.mark.parametrize("chunk", [7, 48, 1024])
 @pytest.mark.parametrize("options", [dict(head_bias=True), dict(tie_embeddings=True)])
 def test_chunked_loss_equals_plain_cross_entropy(options: dict, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.LOSS_CHUNK", chunk)
+    monkeypatch.setattr("memory.LOSS_CHUNK", chunk)
     model, (x, y) = model_with("none", lowdim=RANKS, **options), tokens()
     found = gradients(model, lambda x, y: 3 * model(x, y))
     reference = model_with("none", lowdim=RANKS, **options).double()
