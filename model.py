@@ -151,15 +151,15 @@ class Cache(Protocol):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., C_in) times weight (C_out, C_in)^T, plus bias.
 
-    A CPU multiplies a few rows, as decoding a batch has them, 1.3 to 3 times faster as W x^T. The result is then a
-    transposed view, which is what the next such product wants.
+    A CPU of two threads takes 2 to 32 rows, as decoding a batch has them, up to 3 times faster as W x^T; but only with
+    x in rows, so the result is copied back into rows.
     """
     rows = x.numel() // x.size(-1)
     if x.device.type != "cpu" or not 1 < rows <= 32 or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     columns = x.reshape(rows, -1).T  # (C_in, rows)
     y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-    return y.T.unflatten(0, x.shape[:-1])
+    return y.T.contiguous().view(*x.shape[:-1], -1)
 
 
 class Dense(nn.Module):
