@@ -113,8 +113,7 @@ def attend_to_cache(
     """Attention of few queries q (B, H, T, D), qr (B, H, T, R) to all tokens: (B, T, H D).
 
     held k and v are (B, G, S, D) each, or latents (B, 1, S, R) where the layer that widens them is given; kr is
-    (B, 1, S, R).
-    Plain products: PyTorch's fused kernels want keys as wide as values, and none wider than 256.
+    (B, 1, S, R). Plain products, as PyTorch's fused kernels want keys as wide as values, and none wider than 256.
     """
     D = q.size(-1)
     scale = (D if qr is None else D + qr.size(-1)) ** -0.5
