@@ -90,7 +90,7 @@ def count(c: GPTConfig, dtype: str, recompute: str = "none") -> dict[str, Any]:
         flops_per_token_forward=forward,
         flops_per_token_train=3 * forward,
         activation_bytes_per_token=activation_bytes_per_token(c, dtype, recompute),
-        kv_bytes_per_token=2 * c.n_layer * 2 * c.kv_heads * c.head_dim,  # bf16 keys and values
+        kv_bytes_per_token=2 * decode.cache_numbers_per_token(c),  # in bf16
     )
 
 
@@ -239,8 +239,7 @@ def make_work(c: BenchConfig, gpt: GPTConfig, device: torch.device) -> Work:
 
     tokens = len(x) * c.decode_tokens
     # At a context of block_size a new token meets twice the average of a forward pass over all of it.
-    attention = gpt.n_layer * 2 * gpt.block_size * gpt.heads_dim
-    return Work(draw, tokens, tokens * (model.flops_per_token() + attention))
+    return Work(draw, tokens, tokens * model.flops_per_token(2 * gpt.block_size))
 
 
 def tables(c: BenchConfig, variants: dict[str, GPTConfig], results: dict[str, Any]) -> str:

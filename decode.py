@@ -1,34 +1,152 @@
-"""Decoding: the key-value cache and the loop that draws one token after the other.
+"""Decoding: the key-value cache, attention to it, and the loop that draws one token after the other.
 
-Shapes: B batch, T new tokens, S tokens so far, G key and value heads, D head width, V vocabulary.
+Where k or v is low-rank, y = B c with c = A x, the cache holds the latents c alone, and B is never applied to them:
+
+    scores  q_h . (B_k,h c_t + b_k,h) = (B_k,h^T q_h) . c_t + a constant of the query, which softmax ignores
+    values  sum_t p_t (B_v,h c_t + b_v,h) = B_v,h (sum_t p_t c_t) + b_v,h, as the p_t sum to 1
+
+so B_k is absorbed into the query and B_v applied to what was read (arXiv 2405.04434). A rotation between B_k and the
+score forbids the first: keys that rotate as a whole are cached as such, in full width.
+
+Shapes: B batch, T new tokens, S tokens so far, H heads, G key and value heads, D head width, R rank or rope_dim, V
+vocabulary.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPT, Attention, GPTConfig, LowRank, attend
+
+
+def cached_widths(c: GPTConfig) -> dict[str, tuple[int, int]]:
+    """What a layer keeps of each token: how many heads of k, v and kr, and how wide. Latents are one head."""
+    heads = (c.kv_heads, c.head_dim)
+    whole_head_rotates = c.pos == "rope" and c.rope_dim is None
+    widths = {"k": heads if whole_head_rotates or not c.lowdim.k else (1, c.lowdim.k)}
+    widths["v"] = (1, c.lowdim.v) if c.lowdim.v else heads
+    if c.rope_dim is not None:
+        widths["kr"] = (1, c.rope_dim)
+    return widths
+
+
+def cache_numbers_per_token(c: GPTConfig) -> int:
+    """Numbers that a cache holds for each token, all layers together."""
+    return c.n_layer * sum(heads * width for heads, width in cached_widths(c).values())
 
 
 class KVCache:
-    """Keys (rotated, where the model rotates) and values of all layers, allocated once for block_size tokens."""
+    """Keys and values of all layers, or their latents, allocated once for block_size tokens.
+
+    padding (B,) counts the tokens at the left of each row that are none: no token sees them, and the first after them
+    is at position 0. None: there are none.
+    """
 
     def __init__(self, c: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (c.n_layer, batch_size, c.kv_heads, c.block_size, c.head_dim)
-        self.k, self.v = torch.empty(2, *shape, device=device, dtype=dtype)
+        self.held = {
+            name: torch.empty(c.n_layer, batch_size, heads, c.block_size, width, device=device, dtype=dtype)
+            for name, (heads, width) in cached_widths(c).items()
+        }
+        whole_head_rotates = c.pos == "rope" and c.rope_dim is None
+        self.latent_k, self.latent_v = c.lowdim.k > 0 and not whole_head_rotates, c.lowdim.v > 0
+        self.device = device
         self.length = 0
+        self.padding: Tensor | None = None
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """k, v of the new tokens, each (B, G, T, D) -> those of all tokens (B, G, S, D), and a mask (T, S) or None."""
-        new = k.size(2)
-        end = self.length + new
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        mask = None
-        if new > 1 and self.length > 0:
-            mask = torch.ones(new, end, dtype=torch.bool, device=k.device).tril(self.length)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end], mask
+    def positions(self, new: int) -> slice | Tensor:
+        """The positions of `new` tokens that follow: a slice, or with padding (B, T)."""
+        if self.padding is None:
+            return slice(self.length, self.length + new)
+        index = torch.arange(self.length, self.length + new, device=self.device)
+        return (index - self.padding[:, None]).clamp(min=0)
+
+    def mask(self, new: int) -> Tensor | None:
+        """Which of all tokens each new one sees, (T, S) or with padding (B, 1, T, S); None: all up to itself."""
+        if self.padding is None and (new == 1 or self.length == 0):
+            return None
+        key = torch.arange(self.length + new, device=self.device)
+        query = key[self.length :, None]  # (T, 1)
+        mask = key <= query
+        if self.padding is not None:
+            real = key >= self.padding[:, None, None, None]  # (B, 1, 1, S)
+            mask = mask & real | (key == query)  # padding sees itself: a row that sees nothing would be NaN
+        return mask
+
+    def attend(self, attention: Attention, narrow: list[Tensor], rotation: Tensor | None) -> Tensor:
+        """Store the new tokens, and let them attend to all so far: (B, T, H D).
+
+        narrow holds what Attention.forward makes first of q, k, v, and qr and kr. New tokens in an empty cache attend
+        to each other in full width, which takes the fewest FLOPs for many; later ones in latent space, which reads the
+        fewest bytes.
+        """
+        first = self.length == 0
+        q, k, v = (
+            None if latent and not first else attention.heads(name, y, rotation)  # (B, H, T, D); k, v (B, G, T, D)
+            for name, y, latent in zip("qkv", narrow, (False, self.latent_k, self.latent_v))
+        )
+        turned = [attention.turn(y, rotation) for y in narrow[3:]]  # (B, H, T, R) and (B, 1, T, R), with rope_dim
+        new = {"k": narrow[1][:, None] if self.latent_k else k, "v": narrow[2][:, None] if self.latent_v else v}
+        if turned:
+            new["kr"] = turned[1]
+        end = self.length + q.size(2)
+        held = {}
+        for name, y in new.items():
+            self.held[name][attention.layer, :, :, self.length : end] = y
+            held[name] = self.held[name][attention.layer, :, :, :end]  # (B, G, S, D), or (B, 1, S, R)
+        mask = self.mask(q.size(2))
+        if first:
+            return attend(q, k, v, *turned, mask=mask)
+        k_layer, v_layer = attention.k if self.latent_k else None, attention.v if self.latent_v else None
+        return attend_to_cache(q, turned[0] if turned else None, held, k_layer, v_layer, mask)
+
+
+def attend_to_cache(
+    q: Tensor,
+    qr: Tensor | None,
+    held: dict[str, Tensor],
+    k_layer: LowRank | None,
+    v_layer: LowRank | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Attention of few queries q (B, H, T, D), qr (B, H, T, R) to all tokens: (B, T, H D).
+
+    held k and v are (B, G, S, D) each, or latents (B, 1, S, R) where the layer that widens them is given; kr is
+    (B, 1, S, R). Plain products, as PyTorch's fused kernels want keys as wide as values, and none wider than 256.
+    """
+    D = q.size(-1)
+    scale = (D if qr is None else D + qr.size(-1)) ** -0.5
+    q = q * scale
+    if k_layer is not None:
+        q = per_head(q, k_layer.B.unflatten(0, (-1, D)))  # (B, H, T, R)
+    scores = read(q, held["k"].mT)  # (B, H, T, S)
+    if qr is not None:
+        scores = scores + read(qr * scale, held["kr"].mT)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    y = read(scores.float().softmax(-1).type_as(q), held["v"])  # (B, H, T, D) or (B, H, T, R)
+    if v_layer is not None:
+        bias = None if v_layer.bias is None else v_layer.bias.unflatten(0, (-1, 1, D))
+        y = per_head(y, v_layer.B.unflatten(0, (-1, D)).mT, bias)  # (B, H, T, D)
+    return y.transpose(1, 2).flatten(2)
+
+
+def read(x: Tensor, held: Tensor) -> Tensor:
+    """x (B, H, T, N) times held (B, G, N, M), each matrix of which serves H / G heads: (B, H, T, M).
+
+    The heads that share a matrix are its rows in one product, which reads it once.
+    """
+    B, H, T, _ = x.shape
+    return (x.reshape(B, held.size(1), -1, x.size(-1)) @ held).view(B, H, T, -1)
+
+
+def per_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (B, H, T, N) times weight (G, N, M) of its head or group of heads, plus bias (G, 1, M): (B, H, T, M)."""
+    B, H, T, N = x.shape
+    rows = x.reshape(B, len(weight), -1, N).transpose(0, 1).flatten(1, 2)  # (G, B T H / G, N)
+    y = rows @ weight if bias is None else torch.baddbmm(bias, rows, weight)
+    return y.unflatten(1, (B, -1)).transpose(0, 1).reshape(B, H, T, -1)
 
 
 def new_cache(model: GPT, batch_size: int) -> KVCache:
@@ -50,22 +168,35 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
+    lengths: Tensor | None = None,
+    beyond: Literal["window", "stop"] = "window",
 ) -> Iterator[Tensor]:
     """Yield `tokens` times the next token (B,) of each sequence that begins with idx (B, T), T at least 1.
 
     A cache given here holds the first of these tokens, and not the last. temperature 0 takes the most likely token.
-    Ids from vocab_size on are padding of the head and never drawn. When the cache is full, it is built anew from the
-    last half of block_size tokens, so a text may go on for ever.
+    Ids from vocab_size on are padding of the head and never drawn. lengths (B,): prompts of unequal length stand at
+    the right of idx, each the last so many tokens of its row; what is left of them is not looked at.
+
+    When the cache is full, 'window' builds it anew from the last half of block_size tokens, so a text may go on for
+    ever; 'stop' ends there. Raises ValueError for lengths that are not from 1 to T.
     """
     block_size = model.config.block_size
+    if lengths is not None and not bool(((lengths >= 1) & (lengths <= idx.size(1))).all()):
+        raise ValueError(f"lengths are {lengths.tolist()}, wanted 1 to {idx.size(1)}, the width of idx")
     text = idx[:, -block_size:]  # what the model may look at
     cache = cache or new_cache(model, len(idx))
+    cache.padding = None if lengths is None else (text.size(1) - lengths).clamp(min=0)
     new = text[:, cache.length :]
     for _ in range(tokens):
         if cache.length + new.size(1) > block_size:
-            new = text = text[:, -max(1, block_size // 2) :]
+            if beyond == "stop":
+                return
+            kept = max(1, block_size // 2)
+            if cache.padding is not None:
+                cache.padding = (cache.padding - (text.size(1) - kept)).clamp(min=0)
+            new = text = text[:, -kept:]
             cache.length = 0
-        logits = model(new, cache=cache)[:, -1, :vocab_size].float()  # (B, V)
+        logits = model(new, cache=cache, last=True)[:, -1, :vocab_size].float()  # (B, V)
         new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)
         text = torch.cat([text, new], dim=1)
         yield new[:, 0]

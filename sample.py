@@ -36,6 +36,8 @@ class SampleConfig:
     """Draw from the k most likely tokens."""
     top_p: float | None = None
     """Draw from the smallest set of tokens that holds this share of the probability."""
+    beyond: Literal["window", "stop"] = "window"
+    """When the model's context is full: go on from the last half of it, or stop with a message."""
     seed: int = 1
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -62,6 +64,7 @@ def main(c: SampleConfig) -> None:
     if len(ids) > model.config.block_size:
         print(f"note: the model sees the last {model.config.block_size} of {len(ids)} tokens", file=sys.stderr)
     idx = torch.tensor([ids], device=device)
+    room = 1 + max(0, model.config.block_size - len(ids))  # tokens to draw until the context is full
     generator = torch.Generator(device).manual_seed(c.seed)
     for number in range(c.num_samples):
         if c.num_samples > 1:
@@ -70,10 +73,14 @@ def main(c: SampleConfig) -> None:
         pending = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
         with hardware.autocast(device, c.dtype):
             options = (c.max_new_tokens, tokenizer.vocab_size, c.temperature, c.top_k, c.top_p, generator)
-            for token in decode.generate(model, idx, *options):
+            for token in decode.generate(model, idx, *options, beyond=c.beyond):
                 if token.item() == tokenizer.end_of_text:
                     break
                 print(pending.decode(tokenizer.decode_bytes(token.item())), end="", flush=True)
+            else:
+                if c.beyond == "stop" and c.max_new_tokens > room:
+                    limit = f"the context of {model.config.block_size} tokens is full"
+                    print(f"note: stopped after {room} of {c.max_new_tokens} tokens: {limit}", file=sys.stderr)
         print(pending.decode(b"", final=True))
 
 

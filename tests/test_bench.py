@@ -24,7 +24,7 @@ def test_counts_of_the_papers_model_without_its_weights() -> None:
     found = json.loads(run(*command).stdout)
     assert found.keys() == {"model", "dense"}
     d, layers, ffn, r, T, V = 1024, 24, 2736, 256, 512, 32000
-    for name, attention in (("model", 4 * 2 * r * d), ("dense", 4 * d * d)):
+    for name, attention, cached in (("model", 4 * 2 * r * d, d + r), ("dense", 4 * d * d, 2 * d)):
         counts = found[name]
         assert counts.keys() == COUNTS
         blocks = layers * (attention + 3 * d * ffn + 2 * d) + d
@@ -32,7 +32,7 @@ def test_counts_of_the_papers_model_without_its_weights() -> None:
         assert counts["params"] == blocks + 2 * V * d
         assert counts["flops_per_token_forward"] == 2 * layers * (attention + 3 * d * ffn + T * d) + 2 * V * d
         assert counts["flops_per_token_train"] == 3 * counts["flops_per_token_forward"]
-        assert counts["kv_bytes_per_token"] == 2 * layers * 2 * d
+        assert counts["kv_bytes_per_token"] == 2 * layers * cached  # the rotated key and the value's latent
 
 
 def test_the_ratio_of_flops_that_the_speed_target_names() -> None:

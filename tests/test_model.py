@@ -143,8 +143,8 @@ def test_shared_projection_equals_each_layer_alone(lowdim: LowDim, bias: bool) -
     attn = model.transformer.h[0].attn
     x = torch.randn(2, 7, 32, dtype=torch.float64)
     layers = (attn.q, attn.k, attn.v)
-    for together, layer in zip(project(x, layers), layers):
-        torch.testing.assert_close(together, layer(x), atol=1e-12, rtol=0)
+    for narrow, layer in zip(project(x, layers), layers):
+        torch.testing.assert_close(layer.widen(narrow), layer(x), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, dict(mlp="swiglu", norm="rmsnorm", pos="none", bias=False, head_bias=False)])

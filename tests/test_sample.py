@@ -1,4 +1,4 @@
-"""Decoding against the full forward pass, and sample.py as a user runs it.
+"""Drawing text, and sample.py as a user runs it; tests/test_decode.py has the cache.
 
     .venv/bin/pytest tests/test_sample.py        CPU, about 20 s
 """
@@ -27,23 +27,6 @@ def randomised(**options: object) -> GPT:
     return model
 
 
-@pytest.mark.parametrize("options", [
-    dict(),
-    dict(lowdim=LowDim(q=8, k=6, v=5, o=7)),
-    dict(n_kv_head=2, attn_dim=48, lowdim=LowDim(k=6)),
-    dict(pos="learned", norm="layernorm", norm_order="post", mlp="relu", bias=True, lowdim=LowDim(v=8)),
-    dict(pos="none", mlp="gelu"),
-])  # fmt: skip
-@pytest.mark.parametrize("pieces", [[24], [1] * 24, [7, 1, 1, 5, 10], [1, 23]])
-@torch.no_grad()
-def test_logits_with_the_cache_equal_those_of_a_full_forward(options: dict, pieces: list[int]) -> None:
-    model = randomised(**options)
-    idx = torch.randint(96, (3, 24), generator=torch.Generator().manual_seed(2))
-    cache = decode.new_cache(model, 3)
-    steps = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), model(idx), atol=1e-5, rtol=1e-5)
-
-
 def test_greedy_text_is_that_of_repeated_full_forwards() -> None:
     model = randomised(lowdim=LowDim(q=8, k=8, v=8, o=8))
     idx = torch.randint(96, (2, 5), generator=torch.Generator().manual_seed(2))
@@ -65,6 +48,12 @@ def test_text_goes_on_beyond_block_size() -> None:
     assert drawn[0, 4] == model(text[:, :24])[0, -1].argmax()
     assert drawn[0, 5] == model(text[:, 13:25])[0, -1].argmax()
     assert drawn[0, 6] == model(text[:, 13:26])[0, -1].argmax()
+
+
+def test_text_stops_at_block_size_if_told() -> None:
+    idx = torch.randint(96, (1, 20), generator=torch.Generator().manual_seed(2))
+    drawn = list(decode.generate(randomised(), idx, 30, vocab_size=96, temperature=0, beyond="stop"))
+    assert len(drawn) == 5  # the last one is drawn from 24 tokens, and would be the 25th
 
 
 def test_a_prompt_longer_than_block_size_keeps_its_end() -> None:
@@ -117,6 +106,11 @@ def test_sample_writes_text_from_a_run_folder_alone(trained: Path) -> None:
     several = run(*command, "--num_samples=2", "--temperature=1.2", "--top_k=20", "--top_p=0.9").stdout
     assert "--- sample 1" in several
     assert "--- sample 2" in several
+
+
+def test_sample_stops_with_a_message_when_the_context_is_full(trained: Path) -> None:
+    result = run("sample.py", str(trained), "--prompt=import", "--max_new_tokens=40", "--device=cpu", "--beyond=stop")
+    assert result.stderr == "note: stopped after 27 of 40 tokens: the context of 32 tokens is full\n"
 
 
 def test_sample_reads_a_file_and_standard_input(trained: Path, tmp_path: Path) -> None:
