@@ -10,7 +10,7 @@ import torch
 from conftest import run
 
 import bench
-from config import load_config
+from config import UserError, load_config
 from model import GPT, GPTConfig, LowDim
 
 COUNTS = {"params", "params_non_embedding", "flops_per_token_forward", "flops_per_token_train"}
@@ -94,6 +94,26 @@ def test_timed_modes_report_both_variants(mode: str, capsys: pytest.CaptureFixtu
         assert variant["peak_memory_bytes"] is None  # a CPU has no such count
     assert found["model"]["ratio_to_dense"].keys() >= {"ms", "flops", "peak_memory"}
     assert 0.5 < found["model"]["ratio_to_dense"]["flops"] < 1
+
+
+@pytest.mark.parametrize("mode", ["train", "decode"])
+@pytest.mark.parametrize("shape", [[], ["--norm=layernorm", "--mlp=gelu", "--pos=learned", "--bias"]])
+def test_transformers_can_be_a_third_variant(mode: str, shape: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--vocab_size=128", "--batch_size=2"]
+    small += ["--decode_tokens=8", "--context=40", "--device=cpu", f"--mode={mode}", "--pairs=2", *shape]
+    bench.main(load_config([*small, "--against=dense,hf", "--json"], bench.BenchConfig))
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"model", "dense", "hf"}
+    assert found["dense"]["ratio_to_hf"]["flops"] == 1
+    assert found["hf"]["ms_median"] > 0
+
+
+def test_transformers_has_the_parameters_of_the_dense_twin() -> None:
+    for options in ({}, dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, tie_embeddings=True)):
+        c = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96, **options)
+        assert sum(p.numel() for p in bench.HuggingFace(c).parameters()) == GPT(c).n_params()
+    with pytest.raises(UserError, match="transformers' Llama and GPT-2 have no post-rmsnorm swiglu pos=rope form"):
+        bench.HuggingFace(GPTConfig(norm_order="post", vocab_size=96))
 
 
 def test_the_table_names_both_variants_and_every_count(capsys: pytest.CaptureFixture[str]) -> None:
