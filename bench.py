@@ -294,7 +294,7 @@ def make_work(c: BenchConfig, name: str, gpt: GPTConfig, device: torch.device) -
     @torch.inference_mode()
     def draw() -> None:
         if name == "hf":
-            cache.crop(prompt - 1)
+            cache.crop(prompt - 1 - cache.get_seq_length())  # a negative number is how many go
             how = dict(max_new_tokens=c.decode_tokens, min_new_tokens=c.decode_tokens, do_sample=False)
             with hardware.autocast(device, options.dtype):
                 model.hf.generate(x, past_key_values=cache, attention_mask=torch.ones_like(x), **how)
