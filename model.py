@@ -218,17 +218,22 @@ def projection(c: GPTConfig, sublayer: str) -> nn.Module:
 def project(x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor]:
     """The first matrix of each layer times x (B, T, C), which they share: [(B, T, R), or (B, T, d_out) where dense].
 
-    They are one product, but their weights stay apart, so that every optimizer sees them apart. For a few tokens
-    joining the weights would take longer than the products.
+    On a GPU they are one product, unless the tokens are few. On a CPU joining the weights costs more than it gains: a
+    training step at C 1024 and 1024 tokens took 0.91 (rank 256) and 0.96 (dense) of its time without, 6 pairs each.
     """
-    first = [layer.A if layer.rank else layer.weight for layer in layers]
+    weights = [layer.A if layer.rank else layer.weight for layer in layers]
     biases = [None if layer.rank else layer.bias for layer in layers]
-    if x.numel() // x.size(-1) <= 32 and not torch.is_grad_enabled():
-        return [linear(x, weight, bias) for weight, bias in zip(first, biases)]
+    if x.is_cuda and x.numel() // x.size(-1) > 32:
+        return joined(x, weights, biases)
+    return [linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+
+
+def joined(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """linear(x, weight, bias) of each, as one product; the weights stay apart, so that optimizers see them apart."""
     bias = None
-    if any(bias is not None for bias in biases):
-        bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(first, biases)])
-    return list(F.linear(x, torch.cat(first), bias).split([len(weight) for weight in first], dim=-1))
+    if any(b is not None for b in biases):
+        bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases)])
+    return list(F.linear(x, torch.cat(weights), bias).split([len(w) for w in weights], dim=-1))
 
 
 class Norm(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import UserError, load_config
-from model import GPT, GPTConfig, LowDim, LowRank, project, singular_values
+from model import GPT, GPTConfig, LowDim, LowRank, joined, project, singular_values
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)
 RANKS = LowDim(q=8, k=6, v=5, o=7)
@@ -143,8 +143,11 @@ def test_shared_projection_equals_each_layer_alone(lowdim: LowDim, bias: bool) -
     attn = model.transformer.h[0].attn
     x = torch.randn(2, 7, 32, dtype=torch.float64)
     layers = (attn.q, attn.k, attn.v)
-    for narrow, layer in zip(project(x, layers), layers):
-        torch.testing.assert_close(layer.widen(narrow), layer(x), atol=1e-12, rtol=0)
+    weights = [layer.A if layer.rank else layer.weight for layer in layers]
+    as_one = joined(x, weights, [None if layer.rank else layer.bias for layer in layers])  # as a GPU has it
+    for narrow in (project(x, layers), as_one):
+        for y, layer in zip(narrow, layers):
+            torch.testing.assert_close(layer.widen(y), layer(x), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, dict(mlp="swiglu", norm="rmsnorm", pos="none", bias=False, head_bias=False)])
