@@ -159,7 +159,7 @@ def test_latents_runs_no_attention_and_no_wide_product_again(variant: str) -> No
     # The control: whole blocks run all of it again.
     again = run_again("block", **VARIANTS[variant])
     assert again["attention"] == layers
-    assert again[(n, 32), (32, 8 + 6 + 5)] == layers
+    assert all(again[(n, 32), (32, r)] == layers for r in (8, 6, 5))
     assert again[(n, 32), (32, 80)] >= layers
 
 
