@@ -1,13 +1,19 @@
-"""The machine: which device, which precision, whether to compile, and how fast its matrix products really are."""
+"""The machine: its processes and signals, which device, which precision, whether to compile, and how fast it is."""
 
 import contextlib
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from config import UserError
 
@@ -30,6 +36,74 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device is mps, but torch sees no Apple GPU here; use --device=auto or --device=cpu")
     return torch.device(name)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over ranks of a tensor on the device; no synchronisation with the host."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value / self.size
+
+    def from_rank_0(self, f: Callable[[], Any]) -> Any:
+        """What f returns on rank 0, on all ranks; a UserError there is one on all of them."""
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = f()
+            except UserError as error:
+                answer[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+    def any_signal(self, caught: list[str]) -> str | None:
+        """The signal that any rank has caught, agreed over the CPU so that the device need not wait."""
+        if self.size > 1:
+            number = torch.tensor(signal.Signals[caught[0]] if caught else 0)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            return signal.Signals(number.item()).name if number else None
+        return caught[0] if caught else None
+
+    def leave(self) -> None:
+        """Together: a rank that goes while another still saves would break its connections."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def join_world(device: str) -> World:
+    """torchrun says who we are; without it we are alone."""
+    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), choose_device(device))
+    if world.size > 1 and world.device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device)
+    elif world.size > 1:
+        dist.init_process_group("gloo")
+    return world
+
+
+def catch_signals() -> list[str]:
+    """A list to which SIGTERM and SIGINT add their names; a second Ctrl-C stops at once."""
+    caught: list[str] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        caught.append(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, remember)
+    signal.signal(signal.SIGINT, remember)
+    return caught
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:

@@ -16,17 +16,14 @@ import importlib
 import itertools
 import json
 import math
-import os
 import platform
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -36,14 +33,15 @@ import hardware
 import optim
 from config import TrainConfig, UserError, load_config, user_errors
 from data.tokenizers import load_tokenizer
+from hardware import World
 from model import GPT
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
 
 def main(c: TrainConfig) -> None:
-    world = join_world(c.device)
-    stop_signal = catch_signals()
+    world = hardware.join_world(c.device)
+    stop_signal = hardware.catch_signals()
 
     # Data
     world.from_rank_0(lambda: prepare_missing(c.dataset))
@@ -126,15 +124,36 @@ def main(c: TrainConfig) -> None:
     world.leave()
 
 
+class Guard:
+    """Counts the steps with a loss or gradient that is not finite. The counters live on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.int32, device=device)
+
+    def count(self, bad: Tensor) -> Tensor:
+        """bad is a boolean on the device -> 1.0 where the optimizer is to skip this step, else 0.0."""
+        self.skipped += bad
+        self.in_a_row.add_(1).mul_(bad)
+        torch.maximum(self.longest, self.in_a_row, out=self.longest)
+        return bad.float()
+
+    def stop_if_lost(self, step: int) -> None:
+        if self.longest >= MAX_BAD_STEPS:
+            raise UserError(
+                f"{self.longest.item()} steps in a row, seen at step {step}, had a loss or gradient that is not finite;"
+                " none of them reached the weights. Try a lower learning_rate, or --resume from the last checkpoint"
+            )
+
+
 def train_step(
     model: nn.Module,
     batches: Iterator[tuple[Tensor, Tensor]],
     micro_steps: int,
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
-    guard: "Guard",
+    guard: Guard,
     c: TrainConfig,
-    world: "World",
+    world: World,
 ) -> tuple[Tensor, Tensor]:
     """One update from all micro-batches of all ranks -> their mean loss and the gradient norm, on the device.
 
@@ -165,7 +184,7 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, corpus: data.Corpus, windows: Any, c: TrainConfig, world: "World", stop_signal: list[str]
+    model: GPT, corpus: data.Corpus, windows: Any, c: TrainConfig, world: World, stop_signal: list[str]
 ) -> float:
     """Mean loss over the same windows every time, shared by all ranks: summed, then divided; nan after a signal."""
     model.eval()
@@ -188,7 +207,7 @@ def evaluate(
 
 
 def micro_batches(
-    corpus: data.Corpus, c: TrainConfig, step: int, n: int, world: "World"
+    corpus: data.Corpus, c: TrainConfig, step: int, n: int, world: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's n batches of a step, on the device."""
     for micro_step in range(n):
@@ -207,95 +226,6 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-class Guard:
-    """Counts the steps with a loss or gradient that is not finite. The counters live on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.int32, device=device)
-
-    def count(self, bad: Tensor) -> Tensor:
-        """bad is a boolean on the device -> 1.0 where the optimizer is to skip this step, else 0.0."""
-        self.skipped += bad
-        self.in_a_row.add_(1).mul_(bad)
-        torch.maximum(self.longest, self.in_a_row, out=self.longest)
-        return bad.float()
-
-    def stop_if_lost(self, step: int) -> None:
-        if self.longest >= MAX_BAD_STEPS:
-            raise UserError(
-                f"{self.longest.item()} steps in a row, seen at step {step}, had a loss or gradient that is not finite;"
-                " none of them reached the weights. Try a lower learning_rate, or --resume from the last checkpoint"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class World:
-    """This process among those of the run, and its device."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over ranks of a tensor on the device; no synchronisation with the host."""
-        if self.size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-        return value / self.size
-
-    def from_rank_0(self, f: Callable[[], Any]) -> Any:
-        """What f returns on rank 0, on all ranks; a UserError there is one on all of them."""
-        answer = [None, None]
-        if self.rank == 0:
-            try:
-                answer[0] = f()
-            except UserError as error:
-                answer[1] = str(error)
-        if self.size > 1:
-            dist.broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise UserError(answer[1])
-        return answer[0]
-
-    def any_signal(self, caught: list[str]) -> str | None:
-        """The signal that any rank has caught, agreed over the CPU so that the device need not wait."""
-        if self.size > 1:
-            number = torch.tensor(signal.Signals[caught[0]] if caught else 0)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            return signal.Signals(number.item()).name if number else None
-        return caught[0] if caught else None
-
-    def leave(self) -> None:
-        """Together: a rank that goes while another still saves would break its connections."""
-        if self.size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-
-
-def join_world(device: str) -> World:
-    """torchrun says who we are; without it we are alone."""
-    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), hardware.choose_device(device))
-    if world.size > 1 and world.device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device)
-    elif world.size > 1:
-        dist.init_process_group("gloo")
-    return world
-
-
-def catch_signals() -> list[str]:
-    """A list to which SIGTERM and SIGINT add their names; a second Ctrl-C stops at once."""
-    caught: list[str] = []
-
-    def remember(number: int, _frame: Any) -> None:
-        caught.append(signal.Signals(number).name)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, remember)
-    signal.signal(signal.SIGINT, remember)
-    return caught
 
 
 def prepare_missing(dataset: str) -> None:
