@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import factors
 from memory import HeadLoss, keep_wide
 
 
@@ -470,7 +471,7 @@ class GPT(nn.Module):
             if isinstance(module, Dense | nn.Embedding):
                 module.weight.normal_(0, s, generator=generator)
             elif isinstance(module, LowRank):
-                init_factors(module, c.factor_init, s, std, generator)
+                factors.fill(module.A, module.B, c.factor_init, s, std, generator)
             elif isinstance(module, Norm):
                 module.weight.fill_(1)
             elif next(module.parameters(recurse=False), None) is not None:
@@ -498,39 +499,6 @@ class GPT(nn.Module):
 
     def __repr__(self) -> str:
         return describe(self)
-
-
-def init_factors(layer: LowRank, law: str, s: float, std: float, generator: torch.Generator) -> None:
-    """Fill A (R, C_in) and B (C_out, R) by the laws of GPT.init_weights."""
-    rank, d_in = layer.A.shape
-    d_out = len(layer.B)
-    if law == "matched":
-        for factor in (layer.A, layer.B):
-            factor.normal_(0, (s / rank**0.5) ** 0.5, generator=generator)
-    elif law == "torch":
-        layer.A.uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
-        layer.B.uniform_(-(rank**-0.5), rank**-0.5, generator=generator).mul_(s / std)
-    else:
-        # The singular vectors of a Gaussian matrix are uniform and independent of its singular values, which follow
-        # the Marchenko-Pastur law. So no 4096 x 4096 SVD is needed: two thin QRs and the law's quantiles do.
-        root = (s * singular_values(d_in, d_out, rank)).sqrt().to(layer.A)  # (R,)
-        for factor, width in ((layer.A.T, d_in), (layer.B, d_out)):
-            q, r = torch.linalg.qr(torch.randn(width, rank, device=layer.A.device, generator=generator))
-            factor.copy_(q * r.diagonal().sign() * root)  # the signs make q uniform (arXiv math-ph/0609050)
-
-
-def singular_values(d_in: int, d_out: int, rank: int) -> Tensor:
-    """The largest `rank` singular values of a d_out x d_in matrix of N(0, 1), as quantiles of their limit law."""
-    small, large = sorted((d_in, d_out))
-    ratio = (small / large) ** 0.5
-    # x^2 is Marchenko-Pastur on [1 - ratio, 1 + ratio]; x = 1 - ratio cos(t) takes the square roots out of its ends.
-    t = torch.linspace(0, torch.pi, 20_001, dtype=torch.float64)
-    x = 1 - ratio * t.cos()
-    density = (((1 + ratio) ** 2 - x**2) * (x**2 - (1 - ratio) ** 2)).clamp(min=0).sqrt() / x.clamp(min=1e-12)
-    mass = torch.cumulative_trapezoid(density * ratio * t.sin(), t)
-    mass = mass / mass[-1]
-    quantile = 1 - (torch.arange(rank, dtype=torch.float64) + 0.5) / small
-    return large**0.5 * x[1:][torch.searchsorted(mass, quantile)]
 
 
 def describe(model: GPT) -> str:

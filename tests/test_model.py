@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import UserError, load_config
-from model import GPT, GPTConfig, LowDim, LowRank, joined, project, singular_values
+from factors import singular_values
+from model import GPT, GPTConfig, LowDim, LowRank, joined, project
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)
 RANKS = LowDim(q=8, k=6, v=5, o=7)
