@@ -6,6 +6,7 @@ Trains what is missing below out/factor_init/, so it may be stopped and run agai
 results/factor_init.md.
 """
 
+import datetime
 import json
 import statistics
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import hardware
 import train
 from config import UserError, load_config, parse, user_errors
 
@@ -68,9 +70,11 @@ def write(o: Options, table: dict[tuple[str, float], list[float]]) -> None:
     for (arm, rate), values in table.items():
         if arm not in best or statistics.mean(values) < statistics.mean(best[arm][1]):
             best[arm] = (rate, values)
+    on = hardware.describe(hardware.choose_device())
     lines = [
         "# Where the factors start\n",
-        f"{o.preset}, corpus {o.dataset}, {o.steps} steps, {o.seeds} seeds, torch {torch.__version__} on a CPU.",
+        f"{o.preset}, corpus {o.dataset}, {o.steps} steps, {o.seeds} seeds, torch {torch.__version__},",
+        f"{on}, {datetime.date.today()}.",
         f"Learning rates tried: {', '.join(f'{rate:g}' for rate in o.rates)}; each arm at its best.",
         f"Command: `python -m experiments.factor_init {' '.join(sys.argv[1:])}`\n",
         "| start | rate | val bits per byte, mean | standard deviation |",
