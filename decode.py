@@ -24,12 +24,16 @@ from model import GPT, Attention, GPTConfig, LowRank, attend
 def cached_widths(c: GPTConfig) -> dict[str, tuple[int, int]]:
     """What a layer keeps of each token: how many heads of k, v and kr, and how wide. Latents are one head."""
     heads = (c.kv_heads, c.head_dim)
-    whole_head_rotates = c.pos == "rope" and c.rope_dim is None
-    widths = {"k": heads if whole_head_rotates or not c.lowdim.k else (1, c.lowdim.k)}
+    widths = {"k": (1, c.lowdim.k) if latent_keys(c) else heads}
     widths["v"] = (1, c.lowdim.v) if c.lowdim.v else heads
     if c.rope_dim is not None:
         widths["kr"] = (1, c.rope_dim)
     return widths
+
+
+def latent_keys(c: GPTConfig) -> bool:
+    """Whether scores can be had from the latents of k: not where a norm or a rotation stands between them."""
+    return c.lowdim.k > 0 and not c.qk_norm and (c.pos != "rope" or c.rope_dim is not None)
 
 
 def cache_numbers_per_token(c: GPTConfig) -> int:
@@ -49,8 +53,7 @@ class KVCache:
             name: torch.empty(c.n_layer, batch_size, heads, c.block_size, width, device=device, dtype=dtype)
             for name, (heads, width) in cached_widths(c).items()
         }
-        whole_head_rotates = c.pos == "rope" and c.rope_dim is None
-        self.latent_k, self.latent_v = c.lowdim.k > 0 and not whole_head_rotates, c.lowdim.v > 0
+        self.latent_k, self.latent_v = latent_keys(c), c.lowdim.v > 0
         self.device = device
         self.length = 0
         self.padding: Tensor | None = None

@@ -60,17 +60,21 @@ class GPTConfig:
     norm_eps: float = 1e-6
     norm_order: Literal["pre", "post"] = "pre"
     """pre: x + f(Norm x), and a last norm. post: x + Norm(f x), and no last norm."""
-    mlp: Literal["relu", "gelu", "swiglu"] = "swiglu"
-    """gelu is the tanh form of GPT-2."""
+    mlp: Literal["relu", "relu2", "gelu", "swiglu"] = "swiglu"
+    """gelu is the tanh form of GPT-2; relu2 the square of relu (arXiv 2109.08668)."""
     pos: Literal["learned", "rope", "none"] = "rope"
     rope_theta: float = 10000.0
     rope_dim: int | None = None
     """Rotate this many channels that each head gets besides its own, their key shared by all heads (the decoupled
     RoPE of arXiv 2405.04434), so that a cache needs only latents and them; None = the whole head rotates."""
+    qk_norm: bool = False
+    """Bring each head's query and key to length sqrt(D) before they turn and meet (arXiv 2010.04245)."""
     bias: bool = False
     """In the projections and in LayerNorm; a factored projection has it after its last factor."""
     head_bias: bool = False
     tie_embeddings: bool = False
+    zero_init: bool = False
+    """Start o, down and an untied head at zero: every block adds nothing at first, and all tokens are as likely."""
     dropout: float = 0.0
     """On the embeddings and on what each sublayer adds to the residual stream."""
 
@@ -285,7 +289,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.rope_dim = layer, c.head_dim, c.rope_dim
+        self.layer, self.head_dim, self.rope_dim, self.qk_norm = layer, c.head_dim, c.rope_dim, c.qk_norm
         self.q, self.k, self.v, self.o = (projection(c, name) for name in "qkvo")
         if c.rope_dim is not None:
             self.qr = Dense(c.n_embd, c.n_head * c.rope_dim, bias=False)
@@ -301,8 +305,10 @@ class Attention(nn.Module):
         return self.o(attend(q, k, v, *turned))
 
     def heads(self, name: str, y: Tensor, rotation: Tensor | None) -> Tensor:
-        """The second matrix of q, k or v times y (B, T, R), split into heads (B, H, T, D), which turn if they must."""
+        """The second matrix of q, k or v times y (B, T, R), split into heads (B, H, T, D), normed and turned if asked."""
         y = getattr(self, name).widen(y).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
+        if self.qk_norm and name != "v":
+            y = F.rms_norm(y, y.shape[-1:])
         if rotation is not None and name != "v" and self.rope_dim is None:
             y = rotate(y, rotation)
         return y.transpose(1, 2)
@@ -343,7 +349,10 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             return self.down(F.silu(self.gate(x)) * self.up(x))
         h = self.up(x)  # (B, T, F)
-        return self.down(F.relu(h) if self.kind == "relu" else F.gelu(h, approximate="tanh"))
+        if self.kind == "gelu":
+            return self.down(F.gelu(h, approximate="tanh"))
+        h = F.relu(h)
+        return self.down(h if self.kind == "relu" else h * h)
 
 
 class Block(nn.Module):
@@ -460,6 +469,8 @@ class GPT(nn.Module):
         | A, B, 'matched'        | N(0, sqrt(s / sqrt(R))) each: the elements of B A have the variance of a dense draw |
         | A, B, 'torch'          | U(-a, a), a = 1 / sqrt(width in): PyTorch's default, as the paper's authors used; |
         |                        | B times s / 0.02                                                                 |
+        | o, down, an untied     | with zero_init, in place of the above: 0; of a factored one B is 0 and A as above |
+        | lm_head                |                                                                                  |
         | bias                   | 0                                                                                |
         | weight of a norm       | 1                                                                                |
         """
@@ -476,6 +487,8 @@ class GPT(nn.Module):
                 module.weight.fill_(1)
             elif next(module.parameters(recurse=False), None) is not None:
                 raise ValueError(f"no rule to initialise {name}, a {type(module).__name__}")
+            if c.zero_init and (name.endswith((".o", ".down")) or (module is self.lm_head and not c.tie_embeddings)):
+                (module.B if isinstance(module, LowRank) else module.weight).zero_()
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
 

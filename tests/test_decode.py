@@ -15,7 +15,7 @@ from model import GPT, GPTConfig, LowDim
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=96)
 POSITIONS = [dict(pos="learned"), dict(pos="none"), dict(pos="rope"), dict(pos="rope", rope_dim=6)]
 RANKS = [LowDim(), LowDim(q=8, k=6, v=5, o=7), LowDim(k=6), LowDim(q=8, v=5)]
-SHAPES = [dict(), dict(n_kv_head=2, attn_dim=48, bias=True), dict(n_kv_head=1, attn_dim=24)]
+SHAPES = [dict(), dict(n_kv_head=2, attn_dim=48, bias=True), dict(n_kv_head=1, attn_dim=24, qk_norm=True)]
 FORMS = [dict(lowdim=r, **p, **s) for p, r, s in itertools.product(POSITIONS, RANKS, SHAPES)]
 
 

@@ -151,11 +151,18 @@ def test_shared_projection_equals_each_layer_alone(lowdim: LowDim, bias: bool) -
             torch.testing.assert_close(layer.widen(y), layer(x), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, dict(mlp="swiglu", norm="rmsnorm", pos="none", bias=False, head_bias=False)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(mlp="swiglu", norm="rmsnorm", pos="none", bias=False, head_bias=False),
+        dict(mlp="relu2", qk_norm=True),
+    ],
+)
 def test_post_norm_model_equals_the_papers_formula(options: dict) -> None:
     """Setting 1: x + Norm(f x), no last norm, biases everywhere; every sublayer low-rank, in float64."""
     setting1 = dict(norm="layernorm", norm_order="post", mlp="relu", pos="learned", bias=True, head_bias=True)
-    ranks = LowDim(q=8, k=6, v=5, o=7, up=9, down=10, gate=4 if options else 0)
+    ranks = LowDim(q=8, k=6, v=5, o=7, up=9, down=10, gate=4 if "swiglu" in options.values() else 0)
     c = GPTConfig(**SMALL, lowdim=ranks, **(setting1 | options))
     model = GPT(c).double()
     randomise(model)
@@ -177,11 +184,16 @@ def test_post_norm_model_equals_the_papers_formula(options: dict) -> None:
     for i in range(c.n_layer):
         block = f"transformer.h.{i}"
         q, k, v = (linear(f"{block}.attn.{n}", x).view(3, T, heads, -1).transpose(1, 2) for n in "qkv")
+        if c.qk_norm:  # each to the length sqrt(D)
+            q, k = (q.size(-1) ** 0.5 * y / y.norm(dim=-1, keepdim=True) for y in (q, k))
         scores = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(3, T, -1)
         x = x + norm(f"{block}.norm1", linear(f"{block}.attn.o", y))
         h = linear(f"{block}.mlp.up", x)
-        h = h.relu() if c.mlp == "relu" else F.silu(linear(f"{block}.mlp.gate", x)) * h
+        if c.mlp == "swiglu":
+            h = F.silu(linear(f"{block}.mlp.gate", x)) * h
+        else:
+            h = h.relu() ** (2 if c.mlp == "relu2" else 1)
         x = x + norm(f"{block}.norm2", linear(f"{block}.mlp.down", h))
     logits = x @ p["lm_head.weight"].T + p.get("lm_head.bias", 0)
     torch.testing.assert_close(model(idx), logits, atol=1e-10, rtol=0)
@@ -332,6 +344,22 @@ def test_singular_values_follow_those_of_a_drawn_matrix(rows: int, columns: int)
 
 def test_spectral_init_of_a_square_matrix_can_take_every_rank() -> None:
     assert singular_values(64, 64, 64).isfinite().all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_zero_init_starts_from_blocks_that_add_nothing(tied: bool) -> None:
+    c = GPTConfig(**SMALL, zero_init=True, tie_embeddings=tied, lowdim=LowDim(o=7))
+    model = GPT(c)
+    x, idx = torch.randn(2, 5, c.n_embd), tokens(c)
+    for block in model.transformer.h:
+        assert torch.equal(block(x, model.rotation[:, :5]), x)
+    assert (model(idx) == 0).all() == (not tied)
+    for _ in range(3):  # and every parameter leaves its start
+        loss = model(idx, idx.roll(1, 0))
+        for p, grad in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
+            p.data -= 10 * grad
+    start = GPT(c).state_dict()
+    assert all((p != start[name]).any() for name, p in model.state_dict().items())
 
 
 def test_an_unknown_parameter_has_no_silent_init() -> None:
