@@ -70,7 +70,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum"] for p in params]
         grad, old = torch.stack([p.grad for p in params]), torch.stack(buffers)  # (number, m, n)
         new = old.lerp(grad, 1 - group["momentum"])
-        update = orthogonal(grad.lerp(new, group["momentum"]))  # Nesterov's look ahead
+        update = self.direction(grad.lerp(new, group["momentum"]), params)  # Nesterov's look ahead
         weights = torch.stack(params)
         stepped = weights * (1 - group["lr"] * group["weight_decay"])
         stepped -= group["lr"] * 0.2 * max(grad.shape[1:]) ** 0.5 * update
@@ -79,27 +79,46 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(buffers, list(new.unbind()))
         torch._foreach_copy_(params, list(stepped.unbind()))
 
+    def direction(self, momentum: Tensor, params: list[nn.Parameter]) -> Tensor:
+        """Where the params, all of one shape, step to: (number, m, n). experiments/optimizers.py tries others."""
+        return orthogonal(momentum)
 
-def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of each g = U S V^T, g (number, m, n), by Newton-Schulz steps with singular values from 0.7 to 1.2.
 
-    All of the work is on the Gram matrix of the narrow side: X <- Q X with Q = a + b X X^T + c (X X^T)^2 makes
-    X X^T <- Q (X X^T) Q, and Q commutes with it, so the wide X is needed only at both ends. For a tall factor of rank
-    48 and width 192 this is half of the multiplications. float32: the squares need it, and a CPU is slow at bfloat16.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
+def orthogonal(g: Tensor) -> Tensor:
+    """About U V^T of each g = U S V^T, g (number, m, n): five Newton-Schulz steps, singular values from 0.7 to 1.2."""
     x = g.float().mT if g.size(-2) > g.size(-1) else g.float()  # (number, R, C), R <= C
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = newton_schulz(x.bfloat16()) if g.is_cuda else newton_schulz_of_gram(x)
+    return (x.mT if g.size(-2) > g.size(-1) else x).to(g.dtype)
+
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of X <- (a + b X X^T + c (X X^T)^2) X (Jordan 2024)
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """The steps as they are written, of x (number, R, C): bfloat16 is enough, where a GPU makes it fast."""
+    a, b, c = COEFFICIENTS
+    for _ in range(5):
+        gram = x @ x.mT  # (number, R, R)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def newton_schulz_of_gram(x: Tensor) -> Tensor:
+    """The same in fewer multiplications, half as many for a factor of rank 48 and width 192; it needs float32.
+
+    X <- Q X with Q = a + b X X^T + c (X X^T)^2 makes X X^T <- Q (X X^T) Q, and Q commutes with it, so the wide X
+    (number, R, C) is needed only at both ends. A bfloat16 Gram matrix would lose the squares of small singular values.
+    """
+    a, b, c = COEFFICIENTS
     gram = x @ x.mT  # (number, R, R)
-    product = torch.eye(gram.size(-1), device=g.device).expand_as(gram)
-    for _ in range(steps):
-        square = gram @ gram
-        q = b * gram + c * square
+    product = torch.eye(gram.size(-1), device=x.device).expand_as(gram)
+    for _ in range(5):
+        q = b * gram + c * gram @ gram
         q.diagonal(dim1=-2, dim2=-1).add_(a)
         product = q @ product
         gram = q @ q @ gram
-    x = product @ x
-    return (x.mT if g.size(-2) > g.size(-1) else x).to(g.dtype)
+    return product @ x
 
 
 def describe(optimizers: list[torch.optim.Optimizer]) -> str:
@@ -114,10 +133,18 @@ def describe(optimizers: list[torch.optim.Optimizer]) -> str:
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, c: TrainConfig) -> float:
+    """Give every group what it uses in this step: the rate, which is returned, and Muon's momentum."""
     rate = learning_rate(step, c)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = rate
+        if "momentum" in group:
+            group["momentum"] = momentum(step)
     return rate
+
+
+def momentum(step: int) -> float:
+    """Of Muon: from 0.85 to 0.95 over the first 300 steps, as early gradients soon point elsewhere."""
+    return 0.85 + 0.1 * min(1.0, step / 300)
 
 
 def learning_rate(step: int, c: TrainConfig) -> float:
