@@ -68,6 +68,8 @@ class BenchConfig:
 
 
 def main(c: BenchConfig) -> None:
+    dtype = hardware.choose_dtype(c.train.dtype, hardware.choose_device(c.train.device))
+    c = dataclasses.replace(c, train=dataclasses.replace(c.train, dtype=dtype))
     gpt = with_vocabulary(c.train)
     variants = {"model": gpt, "dense": dense_twin(gpt)}
     results = {name: count(variant, c.train.dtype, c.train.recompute) for name, variant in variants.items()}

@@ -305,7 +305,7 @@ class Attention(nn.Module):
         return self.o(attend(q, k, v, *turned))
 
     def heads(self, name: str, y: Tensor, rotation: Tensor | None) -> Tensor:
-        """The second matrix of q, k or v times y (B, T, R), split into heads (B, H, T, D), normed and turned if asked."""
+        """The second matrix of q, k or v times y (B, T, R), in heads (B, H, T, D), normed and turned if asked."""
         y = getattr(self, name).widen(y).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
         if self.qk_norm and name != "v":
             y = F.rms_norm(y, y.shape[-1:])
@@ -330,9 +330,21 @@ def attend(
     if qr is not None:
         q, k = torch.cat([q, qr], dim=-1), torch.cat([k, kr.expand(-1, k.size(1), -1, -1)], dim=-1)
         v = F.pad(v, (0, qr.size(-1)))
-    grouped = q.size(1) != k.size(1)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(2) <= 128 and mask is None:
+        y = attend_plainly(q, k, v)
+    else:
+        grouped = q.size(1) != k.size(1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return y[..., :width].transpose(1, 2).flatten(2)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention that forms its T x T scores: the CPU's fused kernel is slow at short texts in bfloat16."""
+    B, H, T, D = q.shape
+    q = q.reshape(-1, H // k.size(1) * T, D)  # (B G, H / G x T, D): the heads that share a key are more queries
+    mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1).repeat(H // k.size(1), 1)
+    scores = torch.baddbmm(mask, q, k.flatten(0, 1).mT, alpha=D**-0.5)  # (B G, H / G x T, T)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, H, T, -1)
 
 
 class MLP(nn.Module):

@@ -41,7 +41,7 @@ def make_optimizers(model: GPT, c: TrainConfig) -> list[torch.optim.Optimizer]:
         if not model.config.tie_embeddings:
             groups.append(dict(name="head", params=[head], weight_decay=c.weight_decay))
     adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
-    return [adamw, Muon(muon, lr=c.learning_rate)] if muon else [adamw]
+    return [adamw, Muon(muon, lr=c.learning_rate, bfloat16=c.dtype == "bfloat16")] if muon else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,12 +49,14 @@ class Muon(torch.optim.Optimizer):
 
     q, k, v and both factors of a low-rank layer are matrices of their own. The step of an (m, n) matrix is scaled by
     0.2 sqrt(max(m, n)), which gives its elements the size that AdamW's have, so that one learning rate serves both.
+    bfloat16: whether the matrix is made orthogonal in it, which is enough, as the model's products are.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves found_inf to us, and does not ask the host
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, bfloat16: bool = False) -> None:
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+        self.bfloat16 = bfloat16
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
@@ -67,28 +69,28 @@ class Muon(torch.optim.Optimizer):
                 self.step_batch(params, group)
 
     def step_batch(self, params: list[nn.Parameter], group: dict) -> None:
+        going = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 leaves all as it is
         buffers = [self.state[p]["momentum"] for p in params]
-        grad, old = torch.stack([p.grad for p in params]), torch.stack(buffers)  # (number, m, n)
-        new = old.lerp(grad, 1 - group["momentum"])
-        update = self.direction(grad.lerp(new, group["momentum"]), params)  # Nesterov's look ahead
-        weights = torch.stack(params)
-        stepped = weights * (1 - group["lr"] * group["weight_decay"])
-        stepped -= group["lr"] * 0.2 * max(grad.shape[1:]) ** 0.5 * update
-        if self.found_inf is not None:
-            new, stepped = (torch.where(self.found_inf > 0, a, b) for a, b in ((old, new), (weights, stepped)))
-        torch._foreach_copy_(buffers, list(new.unbind()))
-        torch._foreach_copy_(params, list(stepped.unbind()))
+        grad = torch.stack([p.grad for p in params]).nan_to_num_(0, 0, 0)  # (number, m, n)
+        share = (1 - group["momentum"]) * going
+        torch._foreach_mul_(buffers, 1 - share)
+        torch._foreach_add_(buffers, list((grad * share).unbind()))
+        ahead = grad.lerp_(torch.stack(buffers), group["momentum"])  # Nesterov's
+        step = self.direction(ahead, params) * (group["lr"] * 0.2 * max(grad.shape[1:]) ** 0.5 * going)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * going)
+        torch._foreach_sub_(params, list(step.unbind()))
 
     def direction(self, momentum: Tensor, params: list[nn.Parameter]) -> Tensor:
         """Where the params, all of one shape, step to: (number, m, n). experiments/optimizers.py tries others."""
-        return orthogonal(momentum)
+        return orthogonal(momentum, self.bfloat16)
 
 
-def orthogonal(g: Tensor) -> Tensor:
+def orthogonal(g: Tensor, bfloat16: bool = False) -> Tensor:
     """About U V^T of each g = U S V^T, g (number, m, n): five Newton-Schulz steps, singular values from 0.7 to 1.2."""
     x = g.float().mT if g.size(-2) > g.size(-1) else g.float()  # (number, R, C), R <= C
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = newton_schulz(x.bfloat16()) if g.is_cuda else newton_schulz_of_gram(x)
+    x = newton_schulz(x.bfloat16()) if bfloat16 else newton_schulz_of_gram(x)
     return (x.mT if g.size(-2) > g.size(-1) else x).to(g.dtype)
 
 
@@ -96,11 +98,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of X <- (a + b X X^T + c (X X^T)^2) 
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """The steps as they are written, of x (number, R, C): bfloat16 is enough, where a GPU makes it fast."""
+    """The steps as they are written, of x (number, R, C), in its precision."""
     a, b, c = COEFFICIENTS
     for _ in range(5):
         gram = x @ x.mT  # (number, R, R)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
@@ -114,7 +116,7 @@ def newton_schulz_of_gram(x: Tensor) -> Tensor:
     gram = x @ x.mT  # (number, R, R)
     product = torch.eye(gram.size(-1), device=x.device).expand_as(gram)
     for _ in range(5):
-        q = b * gram + c * gram @ gram
+        q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         q.diagonal(dim1=-2, dim2=-1).add_(a)
         product = q @ product
         gram = q @ q @ gram

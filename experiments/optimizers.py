@@ -107,6 +107,7 @@ def config(o: Options, arm: Arm, rate: float, seed: int) -> TrainConfig:
 def trained(c: TrainConfig, arm: Arm) -> dict:
     """train.py's steps with the arm's optimizers -> bits per byte at the end, and seconds of training."""
     world = hardware.World(0, 1, hardware.choose_device(c.device))
+    c = dataclasses.replace(c, dtype=hardware.choose_dtype(c.dtype, world.device))
     train_data, val_data = data.open_corpus(c.dataset, "train"), data.open_corpus(c.dataset, "val")
     c, micro_steps = train.share_step(train.with_vocabulary(c, train_data, val_data), world)
     model = GPT(c.gpt, c.seed).to(world.device)
@@ -142,9 +143,11 @@ def make_optimizers(model: GPT, c: TrainConfig, arm: Arm) -> list[torch.optim.Op
                 of_factors = group["name"] == "factors"
                 groups.append(group | dict(name=name if of_factors else group["name"], params=params))
     if arm.rule in ("heads", "spectron"):
-        optimizers[-1] = FactorMuon(groups, c.learning_rate, model, arm.rule)
+        optimizers[-1] = FactorMuon(groups, c.learning_rate, last.bfloat16, model, arm.rule)
+    elif c.optimizer == "muon":
+        optimizers[-1] = optim.Muon(groups, c.learning_rate, bfloat16=last.bfloat16)
     else:
-        optimizers[-1] = type(last)(groups, lr=c.learning_rate)
+        optimizers[-1] = torch.optim.AdamW(groups, c.learning_rate, fused=True)
     return optimizers
 
 
@@ -156,8 +159,8 @@ class FactorMuon(optim.Muon):
     one step can change of the product B A (Spectron).
     """
 
-    def __init__(self, groups: list[dict], lr: float, model: GPT, rule: str) -> None:
-        super().__init__(groups, lr)
+    def __init__(self, groups: list[dict], lr: float, bfloat16: bool, model: GPT, rule: str) -> None:
+        super().__init__(groups, lr, bfloat16=bfloat16)
         self.rule, self.head_dim = rule, model.config.head_dim
         self.split = {getattr(block.attn, n).B for block in model.transformer.h for n in "qkv"}
         layers = [layer for layer in model.modules() if isinstance(layer, LowRank)]
@@ -165,19 +168,19 @@ class FactorMuon(optim.Muon):
 
     def direction(self, momentum: Tensor, params: list[nn.Parameter]) -> Tensor:
         if self.rule == "spectron":
-            update = optim.orthogonal(momentum)
+            update = super().direction(momentum, params)
             for i, p in enumerate(params):
                 if p in self.partner:
                     update[i] /= torch.linalg.matrix_norm(p, 2) + torch.linalg.matrix_norm(self.partner[p], 2) + 1
             return update
         mine = [i for i, p in enumerate(params) if p in self.split]
         if not mine:
-            return optim.orthogonal(momentum)
+            return super().direction(momentum, params)
         update = torch.empty_like(momentum)
         if rest := [i for i in range(len(params)) if i not in mine]:
-            update[rest] = optim.orthogonal(momentum[rest])
+            update[rest] = optim.orthogonal(momentum[rest], self.bfloat16)
         heads = momentum[mine].unflatten(1, (-1, self.head_dim))  # (N, H, D, R)
-        update[mine] = optim.orthogonal(heads.flatten(0, 1)).view_as(heads).flatten(1, 2)
+        update[mine] = optim.orthogonal(heads.flatten(0, 1), self.bfloat16).view_as(heads).flatten(1, 2)
         return update
 
 
@@ -194,8 +197,8 @@ def write(o: Options, table: dict[str, tuple[float, list[dict]]]) -> None:
     on = hardware.describe(hardware.choose_device())
     lines = [
         "# Optimizers and rules for the factors\n",
-        f"{o.preset}, {o.steps} steps, {o.seeds} seeds, {o.eval_tokens:,} validation tokens, torch {torch.__version__},",
-        f"{on}, {datetime.date.today()}. Rates tried with seed 1: {o.adamw_rates} (AdamW), {o.muon_rates} (Muon).",
+        f"{o.preset}, {o.steps} steps, {o.seeds} seeds, {o.eval_tokens:,} validation tokens, {datetime.date.today()},",
+        f"torch {torch.__version__}, {on}. Rates tried with seed 1: {o.adamw_rates} (AdamW), {o.muon_rates} (Muon).",
         f"Command: `python -m experiments.optimizers {' '.join(sys.argv[1:])}`\n",
         "| arm | rate | val bits per byte, mean | standard deviation | over its plain form |",
         "|---|---|---|---|---|",

@@ -1,6 +1,7 @@
 """How long does a preset train until its validation loss reaches a target?
 
-    python -m experiments.time_to_loss --target=1.90 --presets config/speedrun_shakespeare.py config/nanogpt_shakespeare.py
+    P="config/speedrun_shakespeare.py config/speedrun_shakespeare_lpa.py config/nanogpt_shakespeare.py"
+    python -m experiments.time_to_loss --target=1.90 --presets $P
 
 Each seed is a run of train.py below out/time_to_loss/ that evaluates the whole val split in disjoint windows; the time
 is that of the first evaluation at or under the target: training seconds, compilation included, evaluation excluded. The
@@ -74,7 +75,8 @@ def train_once(o: Options, preset: str, seed: int) -> Path:
     out = Path("out/time_to_loss") / f"{Path(preset).stem}_{hashlib.sha256(key.encode()).hexdigest()[:10]}"
     if not finished(out, c):
         flags = [f"--dataset={c.dataset}", f"--seed={seed}", f"--out_dir={out}"]
-        if subprocess.run([sys.executable, "train.py", preset, *flags]).returncode or not finished(out, c):
+        script = str(Path(__file__).parent.parent / "train.py")
+        if subprocess.run([sys.executable, script, preset, *flags]).returncode or not finished(out, c):
             raise UserError(f"{preset} with seed {seed} did not finish; see {out}")
     return out
 

@@ -10,7 +10,9 @@ import torch
 from conftest import read_log, run_here
 
 import bench
+import decode
 import hardware
+import optim
 from model import GPT, GPTConfig, LowDim
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -20,6 +22,8 @@ SETTINGS = {
     "setting 2": dict(lowdim=LowDim(q=32, k=32, v=32, o=32)),
     "setting 1": dict(norm="layernorm", norm_order="post", mlp="relu", pos="learned", bias=True, lowdim=LowDim(v=32)),
     "dense, shared key heads": dict(n_kv_head=2),
+    "fast trainers": dict(mlp="relu2", qk_norm=True, lowdim=LowDim(q=32, k=32, v=32, o=32)),
+    "rope_dim": dict(rope_dim=16, lowdim=LowDim(q=32, k=32, v=32, o=32)),
 }
 
 
@@ -39,6 +43,43 @@ def test_logits_and_gradients_are_those_of_the_cpu(setting: str, dtype: str, tol
     for (name, p), q in zip(reference.named_parameters(), model.parameters()):
         difference = (p.grad - q.grad.cpu()).norm() / p.grad.norm()
         assert difference < (1e-4 if dtype == "float32" else 5e-2), name
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("recompute", ["latents", "block"])
+def test_gradients_with_recompute_are_those_without(setting: str, recompute: str) -> None:
+    model = GPT(GPTConfig(**SIZES, **SETTINGS[setting])).cuda()
+    idx = torch.randint(256, (4, 65), generator=torch.Generator().manual_seed(1)).cuda()
+    grads = {}
+    for mode in ("none", recompute):
+        for block in model.transformer.h:
+            block.recompute = mode
+        grads[mode] = torch.autograd.grad(model(idx[:, :-1], idx[:, 1:]), list(model.parameters()))
+    for a, b in zip(*grads.values()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+@torch.inference_mode()
+def test_the_cache_gives_the_logits_of_a_full_forward(setting: str, dtype: str, tolerance: float) -> None:
+    """A prompt at once, then tokens in latent space; and rows of unequal length."""
+    model = GPT(GPTConfig(**SIZES, **SETTINGS[setting])).cuda().eval()
+    idx = torch.randint(256, (3, 64), generator=torch.Generator().manual_seed(2)).cuda()
+    with hardware.autocast(torch.device("cuda"), dtype):
+        for padding in (None, torch.tensor([0, 20, 7], device="cuda")):
+            cache = decode.new_cache(model, 3)
+            cache.padding = padding
+            logits = torch.cat([model(part, cache=cache) for part in idx.split([40, 1, 1, 22], dim=1)], dim=1)
+            for row, skipped in enumerate([0, 0, 0] if padding is None else padding.tolist()):
+                full = model(idx[row : row + 1, skipped:])[0]
+                torch.testing.assert_close(logits[row, skipped:], full, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(256, 1024), (1024, 256), (512, 512)])
+def test_orthogonal_in_bfloat16_is_that_of_float32(shape: tuple[int, int]) -> None:
+    g = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(optim.orthogonal(g.cuda(), bfloat16=True).cpu(), optim.orthogonal(g), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["off", "block", "model"])

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import UserError, load_config
 from factors import singular_values
-from model import GPT, GPTConfig, LowDim, LowRank, joined, project
+from model import GPT, GPTConfig, LowDim, LowRank, attend, joined, project
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)
 RANKS = LowDim(q=8, k=6, v=5, o=7)
@@ -197,6 +198,25 @@ def test_post_norm_model_equals_the_papers_formula(options: dict) -> None:
         x = x + norm(f"{block}.norm2", linear(f"{block}.mlp.down", h))
     logits = x @ p["lm_head.weight"].T + p.get("lm_head.bias", 0)
     torch.testing.assert_close(model(idx), logits, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("T", [5, 128])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("extra", [0, 6])
+def test_plain_attention_in_bfloat16_is_the_fused_one(T: int, groups: int, extra: int) -> None:
+    """The CPU's short texts in bfloat16, with shared keys and rope_dim's channels, as laid out by the model."""
+    generator = torch.Generator().manual_seed(1)
+    draw = partial(torch.randn, dtype=torch.bfloat16, generator=generator)
+    q, k, v = (draw(3, T, h, 8).transpose(1, 2).requires_grad_() for h in (4, groups, groups))
+    turned = [draw(3, T, h, extra).transpose(1, 2).requires_grad_() for h in (4, 1)] if extra else []
+    y = attend(q, k, v, *turned)
+    inputs = [t.detach().float().requires_grad_() for t in (q, k, v, *turned)]
+    expected = attend(*inputs)
+    torch.testing.assert_close(y.float(), expected, atol=0.02, rtol=0.02)
+    weight = torch.randn(y.shape, generator=generator)
+    grads = torch.autograd.grad((y * weight).sum(), [q, k, v, *turned])
+    for grad, reference in zip(grads, torch.autograd.grad((expected * weight).sum(), inputs)):
+        assert (grad.float() - reference).norm() < 0.02 * reference.norm()
 
 
 def test_merged_dense_model_gives_the_same_logits() -> None:

@@ -1,0 +1,32 @@
+"""The fastest way here to a val loss of 1.90 on Shakespeare by characters: nanogpt_shakespeare's shape, batch and data.
+
+launch    python -m experiments.time_to_loss --target=1.90 --presets config/speedrun_shakespeare.py
+hardware  2 CPU cores
+time      see results/time_to_loss_shakespeare_char.md
+loss      see there
+"""
+
+from config.nanogpt_shakespeare import *  # noqa: F403
+
+out_dir = "out/speedrun_shakespeare"
+
+# 804,224 parameters: normed queries and keys, a squared ReLU, blocks and head that start at zero
+norm = "rmsnorm"
+norm_eps = 1e-6
+mlp = "relu2"
+pos = "rope"
+rope_theta = 1000.0  # of 64 positions the slowest channels should turn, too
+qk_norm = True
+zero_init = True
+tie_embeddings = False
+
+optimizer = "muon"
+schedule = "wsd"
+decay_share = 1.0  # linear from the first step
+max_steps = 240
+learning_rate = 8e-3
+min_lr = 0.0
+warmup_steps = 0
+weight_decay = 0.0
+eval_interval = 20
+save_interval = max_steps

@@ -1,0 +1,15 @@
+"""speedrun_shakespeare with rank 32 in all four projections: 673,152 parameters.
+
+launch    python -m experiments.time_to_loss --target=1.90 --presets config/speedrun_shakespeare_lpa.py
+hardware  2 CPU cores
+time      see results/time_to_loss_shakespeare_char.md
+loss      see there
+"""
+
+from config.speedrun_shakespeare import *  # noqa: F403
+
+out_dir = "out/speedrun_shakespeare_lpa"
+lowdim = dict(q=32, k=32, v=32, o=32)
+max_steps = 280
+learning_rate = 1.2e-2
+save_interval = max_steps
