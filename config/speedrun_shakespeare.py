@@ -29,4 +29,5 @@ min_lr = 0.0
 warmup_steps = 0
 weight_decay = 0.0
 eval_interval = 20
+dtype = "auto"
 save_interval = max_steps
