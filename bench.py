@@ -4,6 +4,8 @@
     python bench.py config/lpa_cpu.py --mode=train                              a training step, alternating
     python bench.py config/lpa_130m.py --vocab_size=32000 --mode=train --against=dense,hf   transformers' class, too
     python bench.py config/lpa_cpu.py --mode=decode --json                      for other programs
+    python bench.py config/lpa_cpu.py --mode=train --recompute=latents --against=plain      what recomputing costs
+    python bench.py --mode=suite                                                the standing list, into results/
 
 The twin is the same configuration with lowdim = {}, run by the same code with the same flags in the same process; the
 two take turns, so that a machine that slows down slows both. Shapes: B batch, T time.
@@ -11,12 +13,14 @@ two take turns, so that a machine that slows down slows both. Shapes: B batch, T
 
 import dataclasses
 import gc
+import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -39,10 +43,12 @@ from model import GPT, GPTConfig, LowDim
 @dataclass(frozen=True)
 class BenchConfig:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    mode: Literal["count", "train", "eval", "prefill", "decode"] = "count"
-    """Counts only, or the time of a training step, an evaluation step, a prompt's forward pass, a decoded token."""
-    against: Literal["dense", "dense,hf"] = "dense"
-    """The dense twin, and with hf also transformers' Llama or GPT-2 class of the twin's shape."""
+    mode: Literal["count", "train", "eval", "prefill", "decode", "suite"] = "count"
+    """Counts only, or the time of a training step, an evaluation step, a prompt's forward pass, a decoded token; or
+    all that suite.py lists."""
+    against: Literal["dense", "dense,hf", "plain"] = "dense"
+    """The dense twin, and with hf also transformers' Llama or GPT-2 class of the twin's shape; or, as plain, the model
+    itself with recompute = 'none'."""
     pairs: int = 15
     """Measurements of each variant, in turns."""
     decode_tokens: int = 64
@@ -51,6 +57,8 @@ class BenchConfig:
     """Tokens that are in the cache before; None = the rest of block_size."""
     json: bool = False
     """Print one JSON object in place of tables."""
+    suite_dir: str = "results"
+    """Where 'suite' writes what it measured."""
 
     def __post_init__(self) -> None:
         if self.mode in ("prefill", "decode") and self.train.compile in ("model", "block"):
@@ -63,21 +71,45 @@ class BenchConfig:
         if self.context is not None and not 0 < self.context <= limit - self.decode_tokens:
             limit -= self.decode_tokens
             raise ValueError(f"context is {self.context}, wanted 1 to block_size - decode_tokens = {limit}")
+        if self.mode == "suite" and self.train != TrainConfig(device=self.train.device):
+            raise ValueError("mode is 'suite', a standing list: wanted no preset and no options but device, suite_dir")
         if "hf" in self.against and self.train.optimizer != "adamw":
             raise ValueError(f"optimizer is {self.train.optimizer!r}, wanted 'adamw' against transformers")
+        if "hf" in self.against and self.train.recompute != "none":
+            raise ValueError(f"recompute is {self.train.recompute!r}, wanted 'none' against transformers")
+        if self.against == "plain" and self.train.recompute == "none":
+            raise ValueError("recompute is 'none', wanted 'latents' or 'block' against plain")
 
 
 def main(c: BenchConfig) -> None:
-    dtype = hardware.choose_dtype(c.train.dtype, hardware.choose_device(c.train.device))
+    device = hardware.choose_device(c.train.device)
+    if c.mode == "suite":
+        import suite
+
+        suite.main(Path(c.suite_dir), c.train.device, device)
+        return
+    dtype = hardware.choose_dtype(c.train.dtype, device)
     c = dataclasses.replace(c, train=dataclasses.replace(c.train, dtype=dtype))
-    gpt = with_vocabulary(c.train)
-    variants = {"model": gpt, "dense": dense_twin(gpt)}
-    results = {name: count(variant, c.train.dtype, c.train.recompute) for name, variant in variants.items()}
+    variants = make_variants(c)
+    results = {name: count(variant.gpt, variant.dtype, variant.recompute) for name, variant in variants.items()}
+    if "hf" in results:
+        del results["hf"]["activation_bytes_per_token"]  # counted of our own modules only
     if c.mode != "count":
-        if "hf" in c.against:
-            variants["hf"], results["hf"] = variants["dense"], dict(results["dense"])
-        measure(c, variants, results, hardware.choose_device(c.train.device))
-    print(json.dumps(results, indent=1) if c.json else tables(c, variants, results))
+        try:
+            measure(c, variants, results, device)
+        except torch.OutOfMemoryError:
+            raise UserError(f"batch_size is {c.train.batch_size}, wanted less: out of memory on {device}") from None
+    print(json.dumps(results, indent=1) if c.json else tables(c, variants["model"].gpt, results))
+
+
+def make_variants(c: BenchConfig) -> dict[str, TrainConfig]:
+    """What is compared: the model first, then what it is held against."""
+    model = dataclasses.replace(c.train, gpt=with_vocabulary(c.train))
+    if c.against == "plain":
+        return {"model": model, "plain": dataclasses.replace(model, recompute="none")}
+    dense = dataclasses.replace(model, gpt=dense_twin(model.gpt))
+    hf = {"hf": dense} if c.against == "dense,hf" and c.mode != "count" else {}
+    return {"model": model, "dense": dense, **hf}
 
 
 def dense_twin(c: GPTConfig) -> GPTConfig:
@@ -153,26 +185,26 @@ class LiveStorages(TorchDispatchMode):
         return sum(size for reference, size in self.seen.values() if not reference.expired())
 
 
-
-def measure(c: BenchConfig, variants: dict[str, GPTConfig], results: dict[str, Any], device: torch.device) -> None:
-    """Add times, rates and peak memory of each variant, and their ratio, to the results."""
-    rate = hardware.matmul_rate(device, c.train.dtype)
-    for name, variant in variants.items():  # one at a time, so that neither stands in the other's memory
+def measure(c: BenchConfig, variants: dict[str, TrainConfig], results: dict[str, Any], device: torch.device) -> None:
+    """Add times, rates and peak memory of each variant, and their ratios, to the results."""
+    flop_rate, byte_rate = hardware.matmul_rate(device, c.train.dtype), hardware.copy_rate(device)
+    works = {}
+    for name, variant in variants.items():
         hardware.reset_peak_memory(device)
-        work = make_work(c, name, variant, device)
-        work.run()
-        work.run()
-        results[name]["peak_memory_bytes"] = hardware.peak_memory(device)
-        del work
-        gc.collect()
-    works = {name: make_work(c, name, variant, device) for name, variant in variants.items()}
+        others = hardware.peak_memory(device)  # what the variants before hold: weights, moments, a cache
+        works[name] = make_work(c, name, variant, device)
+        works[name].run()  # compiles
+        works[name].run()
+        results[name]["peak_memory_bytes"] = None if others is None else hardware.peak_memory(device) - others
     times = alternate({name: work.run for name, work in works.items()}, c.pairs, device)
     for name, work in works.items():
         ms = statistics.median(times[name])
+        least = 1000 * max(work.flops / flop_rate, work.bytes / byte_rate)
         results[name] |= dict(ms_median=ms, ms_min=min(times[name]), ms_max=max(times[name]))
-        results[name] |= dict(tokens_per_second=1000 * work.tokens / ms, mfu=1000 * work.flops / ms / rate)
-        results[name] |= dict(matmul_flops_per_second=rate)
-    for name, other in [("model", "dense"), *((n, "hf") for n in ("model", "dense") if "hf" in variants)]:
+        results[name] |= dict(tokens_per_second=1000 * work.tokens / ms, mfu=1000 * work.flops / ms / flop_rate)
+        results[name] |= dict(roofline_ms=least, roofline_share=least / ms)
+        results[name] |= dict(matmul_flops_per_second=flop_rate, copy_bytes_per_second=byte_rate)
+    for name, other in itertools.combinations(works, 2):
         ratios = sorted(a / b for a, b in zip(times[name], times[other]))
         peaks = [results[n]["peak_memory_bytes"] for n in (name, other)]
         results[name][f"ratio_to_{other}"] = dict(
@@ -184,44 +216,59 @@ def measure(c: BenchConfig, variants: dict[str, GPTConfig], results: dict[str, A
 
 
 def alternate(runs: dict[str, Callable[[], None]], pairs: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each run, taken in turns; two rounds before the first warm up, and compile."""
+    """Milliseconds of each run, taken in turns; a round before the first warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(2 + pairs):
+    for i in range(1 + pairs):
         for name, run in runs.items():
             hardware.synchronize(device)
             start = time.perf_counter()
             run()
             hardware.synchronize(device)
-            if i >= 2:
+            if i >= 1:
                 times[name].append(1000 * (time.perf_counter() - start))
     return times
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed: run() handles `tokens` tokens with `flops` counted FLOPs."""
+    """What is timed: run() handles `tokens` tokens with `flops` counted FLOPs and moves at least `bytes`."""
 
     run: Callable[[], None]
     tokens: int
     flops: int
+    bytes: int
 
 
 class HuggingFace(nn.Module):
-    """transformers' model of a dense GPT's shape, with its attention by SDPA and our mean loss in float32."""
+    """transformers' model of a dense GPT's shape: LlamaForCausalLM, or GPT2LMHeadModel where c has GPT-2's options.
+
+    All else is as our models have it. Training and evaluation: weights and AdamW's moments in float32, autocast to the
+    same dtype, attention by SDPA, our mean cross entropy of float32 logits, the same train_step with its clipping and
+    fused AdamW, the same compile mode (by block: its decoder layers). Prefill and decoding: weights in the same dtype,
+    logits of the last token alone, its default cache and generate(), greedy and without an end-of-text token to look
+    for. What stays its own: under autocast its residual stream is float32, as embeddings and additions are, where ours
+    is of dtype; and Llama rotates also where pos = 'none', for it has no form without.
+    """
 
     def __init__(self, c: GPTConfig) -> None:
         super().__init__()
-        import transformers
-
-        sizes = dict(vocab_size=c.vocab_size, attn_implementation="sdpa")
-        if (c.norm, c.norm_order, c.mlp, c.pos, c.bias) == ("rmsnorm", "pre", "swiglu", "rope", False):
+        try:
+            import transformers
+        except ImportError:
+            raise UserError("comparing with transformers needs it: pip install 'transformers>=4.56,<6'") from None
+        sizes = dict(vocab_size=c.vocab_size, attn_implementation="sdpa", tie_word_embeddings=c.tie_embeddings)
+        sizes |= dict(bos_token_id=None, eos_token_id=None)
+        kind = (c.norm, c.norm_order, c.mlp, "rope" if c.pos == "none" else c.pos, c.bias)
+        if c.qk_norm or c.rope_dim is not None:
+            raise UserError("transformers' Llama and GPT-2 have no qk_norm and no rope_dim")
+        if kind == ("rmsnorm", "pre", "swiglu", "rope", False):
             sizes |= dict(hidden_size=c.n_embd, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layer)
             sizes |= dict(num_attention_heads=c.n_head, num_key_value_heads=c.kv_heads, head_dim=c.head_dim)
             self.hf = transformers.LlamaForCausalLM(
                 transformers.LlamaConfig(**sizes, max_position_embeddings=c.block_size)
             )
             self.layers = self.hf.model.layers
-        elif (c.norm, c.norm_order, c.mlp, c.pos, c.bias) == ("layernorm", "pre", "gelu", "learned", True):
+        elif kind == ("layernorm", "pre", "gelu", "learned", True):
             sizes |= dict(n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.hidden_dim)
             dropouts = dict(resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0)
             self.hf = transformers.GPT2LMHeadModel(
@@ -240,99 +287,170 @@ class HuggingFace(nn.Module):
             module.compile(dynamic=False)
 
 
-def make_work(c: BenchConfig, name: str, gpt: GPTConfig, device: torch.device) -> Work:
+def make_work(c: BenchConfig, name: str, options: TrainConfig, device: torch.device) -> Work:
     """One variant's work for c.mode, on random tokens."""
-    options = dataclasses.replace(c.train, gpt=gpt)
-    world = train.World(rank=0, size=1, device=device)
+    gpt = options.gpt
     with torch.device("meta"):
         counted = GPT(gpt)
     with device:
         model = HuggingFace(gpt) if name == "hf" else GPT(gpt, options.seed)
         idx = torch.randint(gpt.vocab_size, (options.batch_size, gpt.block_size + 1))
     x, y = idx[:, :-1], idx[:, 1:]  # each (B, T)
-    forward = counted.flops_per_token() * x.numel()
-
-    def compile_it() -> None:
-        if name == "hf":
-            model.compile_as(hardware.choose_compile(options.compile, device))
-        else:
-            train.compile_and_wrap(model, options, world)
-
+    flops, tokens = counted.flops_per_token() * x.numel(), x.numel()
     if c.mode == "train":
-        compile_it()
-        optimizers = optim.make_optimizers(model, options)
-        scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
-        guard = train.Guard(device)
+        run = training(model, x, y, options, device)
+        flops *= 3
+    elif c.mode == "eval":
+        run = evaluation(model, x, y, options, device)
+    elif c.mode == "prefill":
+        run = prefill(model, x, options)
+    else:
+        prompt = prompt_length(c, gpt)
+        run = decoding(model, x[:, :prompt], c.decode_tokens, options)
+        tokens = len(x) * c.decode_tokens
+        # A new token meets all tokens before it, twice the average of a forward pass over them.
+        flops = tokens * counted.flops_per_token(2 * prompt + c.decode_tokens)
+    return Work(run, tokens, flops, least_bytes(c, counted, options))
 
-        def step() -> None:
-            train.train_step(model, [(x, y)], 1, optimizers, scaler, guard, options, world)
 
-        return Work(step, x.numel(), 3 * forward)
+def least_bytes(c: BenchConfig, counted: GPT, options: TrainConfig) -> int:
+    """Bytes that the work of c.mode must read or write in memory, whoever does it; activations are left out.
+
+    train    float32: each weight read in forward and again in backward, each gradient written and read, each weight
+             and its moments (two of AdamW, at least one of Muon) read and written by the optimizer
+    eval     float32: each weight read
+    prefill  in dtype: each weight read, and the prompt's cache written
+    decode   in dtype, for each of decode_tokens tokens of a sequence: each weight read, and all of its cache
+    Weights that are read are those of products and norms: of an embedding table a step looks up few rows.
+    """
+    params = counted.n_params()
+    tables = {m.weight for m in counted.modules() if isinstance(m, nn.Embedding)} - {counted.lm_head.weight}
+    read = params - sum(p.numel() for p in tables)
+    if c.mode == "train":
+        moments = 2 if options.optimizer == "adamw" else 1
+        return 4 * (2 * read + 2 * params + 2 * (1 + moments) * params)
+    if c.mode == "eval":
+        return 4 * read
+    size = hardware.DTYPES[options.dtype].itemsize
+    cached = options.batch_size * decode.cache_numbers_per_token(counted.config)  # numbers of a token in each row
+    if c.mode == "prefill":
+        return size * (read + cached * counted.config.block_size)
+    prompt, tokens = prompt_length(c, counted.config), c.decode_tokens
+    return size * (tokens * read + cached * (tokens * prompt + tokens * (tokens + 1) // 2))
+
+
+def prompt_length(c: BenchConfig, gpt: GPTConfig) -> int:
+    return gpt.block_size - c.decode_tokens if c.context is None else c.context
+
+
+def compile_it(model: GPT | HuggingFace, options: TrainConfig, world: hardware.World) -> None:
+    if isinstance(model, HuggingFace):
+        model.compile_as(hardware.choose_compile(options.compile, world.device))
+    else:
+        train.compile_and_wrap(model, options, world)
+
+
+def training(
+    model: GPT | HuggingFace, x: Tensor, y: Tensor, options: TrainConfig, device: torch.device
+) -> Callable[[], None]:
+    """A whole step as train.py runs it: forward, backward, clipping, optimizer."""
+    world = hardware.World(rank=0, size=1, device=device)
+    compile_it(model, options, world)
+    optimizers = optim.make_optimizers(model, options)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
+    guard = train.Guard(device)
+
+    def step() -> None:
+        train.train_step(model, [(x, y)], 1, optimizers, scaler, guard, options, world)
+
+    return step
+
+
+def evaluation(
+    model: GPT | HuggingFace, x: Tensor, y: Tensor, options: TrainConfig, device: torch.device
+) -> Callable[[], None]:
+    model.eval()
+    compile_it(model, options, hardware.World(rank=0, size=1, device=device))
 
     @torch.no_grad()
     def evaluate() -> None:
         with hardware.autocast(device, options.dtype):
             model(x, y)
 
-    @torch.inference_mode()
-    def prefill() -> Any:
-        with hardware.autocast(device, options.dtype):
-            if name == "hf":
-                return model.hf(x, use_cache=True, logits_to_keep=1).past_key_values
-            cache = decode.new_cache(model, len(x))
-            model(x, cache=cache, last=True)
-            return cache
+    return evaluate
 
-    model.eval()
-    if c.mode == "eval":
-        compile_it()
-        return Work(evaluate, x.numel(), forward)
-    if c.mode == "prefill":
-        return Work(prefill, x.numel(), forward)
-    prompt = gpt.block_size - c.decode_tokens if c.context is None else c.context
-    x = x[:, :prompt]
-    cache = prefill()
+
+def served(model: GPT | HuggingFace, dtype: str) -> GPT | HuggingFace:
+    """Ready to answer: the weights in dtype, once and for all; buffers, such as the rotations, as they are."""
+    for p in model.parameters():
+        p.data = p.data.to(hardware.DTYPES[dtype])
+    return model.eval()
+
+
+def prefill(model: GPT | HuggingFace, x: Tensor, options: TrainConfig) -> Callable[[], Any]:
+    """Reading a prompt x into a new cache, which run() returns."""
+    model = served(model, options.dtype)
+
+    @torch.inference_mode()
+    def read() -> Any:
+        if isinstance(model, HuggingFace):
+            return model.hf(x, use_cache=True, logits_to_keep=1).past_key_values
+        cache = decode.new_cache(model, len(x))
+        model(x, cache=cache, last=True)
+        return cache
+
+    return read
+
+
+def decoding(model: GPT | HuggingFace, x: Tensor, tokens: int, options: TrainConfig) -> Callable[[], None]:
+    """Drawing so many tokens after a prompt x, all but the last token of which is in the cache."""
+    read = prefill(model, x, options)
+    if isinstance(model, HuggingFace):
+        cache = read()
+
+        @torch.inference_mode()
+        def draw() -> None:
+            cache.crop(x.size(1) - 1 - cache.get_seq_length())  # a negative number is how many go
+            how = dict(max_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(x))
+            model.hf.generate(x, past_key_values=cache, **how)
+
+        return draw
+
+    cache = decode.new_cache(model, len(x))
+    for held in cache.held.values():
+        held.normal_()  # a prompt of many rows would take more memory to read than the cache that it leaves
 
     @torch.inference_mode()
     def draw() -> None:
-        if name == "hf":
-            cache.crop(prompt - 1 - cache.get_seq_length())  # a negative number is how many go
-            how = dict(max_new_tokens=c.decode_tokens, min_new_tokens=c.decode_tokens, do_sample=False)
-            with hardware.autocast(device, options.dtype):
-                model.hf.generate(x, past_key_values=cache, attention_mask=torch.ones_like(x), **how)
-            return
-        cache.length = prompt - 1  # all but the prompt's last token
-        with hardware.autocast(device, options.dtype):
-            for _ in decode.generate(model, x, c.decode_tokens, gpt.vocab_size, temperature=0, cache=cache):
-                pass
+        cache.length = x.size(1) - 1
+        for _ in decode.generate(model, x, tokens, model.config.vocab_size, temperature=0, cache=cache):
+            pass
 
-    tokens = len(x) * c.decode_tokens
-    # A new token meets all tokens before it, twice the average of a forward pass over them.
-    return Work(draw, tokens, tokens * counted.flops_per_token(2 * prompt + c.decode_tokens))
+    return draw
 
 
-def tables(c: BenchConfig, variants: dict[str, GPTConfig], results: dict[str, Any]) -> str:
-    """The results as columns a person can read: the model, its dense twin, and the ratio."""
-    gpt = variants["model"]
+def tables(c: BenchConfig, gpt: GPTConfig, results: dict[str, Any]) -> str:
+    """The results as columns a person can read: the model, what it is held against first, and the ratio."""
     ranks = ", ".join(f"{name} {rank}" for name, rank in dataclasses.asdict(gpt.lowdim).items() if rank) or "none"
+    model, (other, reference) = results["model"], list(results.items())[1]
     lines = [
         f"{gpt.n_layer} layers, n_embd {gpt.n_embd}, T {gpt.block_size}, vocabulary {gpt.vocab_size:,}, ranks: {ranks}",
-        f"{'':32}{'model':>16}{'dense':>16}{'ratio':>9}",
+        f"{'':32}{'model':>16}{other:>16}{'ratio':>9}",
     ]
-    for key, dense in results["dense"].items():
-        model = results["model"].get(key)
-        if not isinstance(model, int | float) or key == "matmul_flops_per_second":
+    for key, value in reference.items():
+        if not isinstance(value, int | float) or key in ("matmul_flops_per_second", "copy_bytes_per_second"):
             continue
-        shown = [f"{v:,}" if isinstance(v, int) else f"{v:,.3f}" for v in (model, dense)]
-        lines.append(f"{key:32}{shown[0]:>16}{shown[1]:>16}{model / dense:9.3f}")
+        shown = [f"{v:,}" if isinstance(v, int) else f"{v:,.3f}" for v in (model[key], value)]
+        lines.append(f"{key:32}{shown[0]:>16}{shown[1]:>16}{model[key] / value:9.3f}")
     if c.mode != "count":
-        rate = results["model"]["matmul_flops_per_second"]
-        for name, other in [("model", "dense"), ("model", "hf"), ("dense", "hf")]:
-            if ratio := results[name].get(f"ratio_to_{other}"):
-                quartiles = "{:.3f} to {:.3f}".format(*ratio["ms_quartiles"])
-                times = f"time {ratio['ms']:.3f} (quartiles {quartiles}, {c.pairs} pairs)"
-                lines.append(f"{name} over {other}: {times}, counted FLOPs {ratio['flops']:.3f}")
-        lines.append(f"mfu is of {rate / 1e12:.3g} TFLOP/s, measured here on a large {c.train.dtype} matrix product")
+        for name, other in itertools.combinations(results, 2):
+            ratio = results[name][f"ratio_to_{other}"]
+            quartiles = "{:.3f} to {:.3f}".format(*ratio["ms_quartiles"])
+            times = f"time {ratio['ms']:.3f} (quartiles {quartiles}, {c.pairs} pairs)"
+            lines.append(f"{name} over {other}: {times}, counted FLOPs {ratio['flops']:.3f}")
+        rates = [model["matmul_flops_per_second"] / 1e12, model["copy_bytes_per_second"] / 1e9]
+        lines.append(f"mfu is of {rates[0]:.3g} TFLOP/s, measured here on a large {c.train.dtype} matrix product")
+        lines.append(f"roofline: the counted FLOPs at that rate or the bytes at that of a copy, {rates[1]:.3g} GB/s")
     return "\n".join(lines)
 
 

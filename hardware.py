@@ -173,12 +173,24 @@ def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.5, n: int |
     """FLOP/s of one large square matrix product, the fastest of those that fit in `seconds`: what MFU divides by."""
     n = n or (8192 if device.type == "cuda" else 1024)
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[dtype])
-    torch.matmul(a, b)
+    return 2 * n**3 / fastest(lambda: torch.matmul(a, b), device, seconds)
+
+
+def copy_rate(device: torch.device, seconds: float = 0.5) -> float:
+    """Bytes/s, read and written ones together, of one large copy, the fastest of those that fit in `seconds`."""
+    n = 2**30 if device.type == "cuda" else 2**28  # beyond any cache
+    source, target = torch.ones(2, n, device=device, dtype=torch.uint8)
+    return 2 * n / fastest(lambda: target.copy_(source), device, seconds)
+
+
+def fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of the fastest run, of those that fit in `seconds` after a first one."""
+    run()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         synchronize(device)
         start = time.perf_counter()
-        torch.matmul(a, b)
+        run()
         synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return best

@@ -29,7 +29,7 @@ def keep_wide(widths: set[int], _context: Any, op: Any, *args: Any, **_kwargs: A
     return CheckpointPolicy.MUST_SAVE if wide or op in FUSED_ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-LOSS_CHUNK = 1024  # tokens whose logits are there together
+LOSS_CHUNK = 512  # tokens whose logits are there together
 
 
 class HeadLoss(torch.autograd.Function):
@@ -71,4 +71,5 @@ class HeadLoss(torch.autograd.Function):
         grad_x, grad_w, grad_b = ctx.saved_tensors
         # float32, as a mean's 1 / (B T) is not a power of two and bfloat16 would round it for all tokens alike
         grad_x = (grad_x.float() * grad).to(grad_x.dtype)
-        return grad_x, grad_w * grad, None if grad_b is None else grad_b * grad, None, None
+        # In place, as a second (V, C) would be as large as the head; autograd refuses to run such a backward twice.
+        return grad_x, grad_w.mul_(grad), None if grad_b is None else grad_b * grad, None, None

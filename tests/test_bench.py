@@ -1,21 +1,26 @@
-"""bench.py's JSON, its counts against plain arithmetic, and its timed modes on a small model.
+"""bench.py's JSON, its counts against plain arithmetic, its timed modes on a small model, and the suite.
 
-    .venv/bin/pytest tests/test_bench.py        CPU, about 30 s
+    .venv/bin/pytest tests/test_bench.py        CPU, about 45 s
 """
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import run
 
 import bench
+import suite
 from config import UserError, load_config
 from model import GPT, GPTConfig, LowDim
 
 COUNTS = {"params", "params_non_embedding", "flops_per_token_forward", "flops_per_token_train"}
 COUNTS |= {"activation_bytes_per_token", "kv_bytes_per_token"}
 TIMES = {"ms_median", "ms_min", "ms_max", "tokens_per_second", "mfu", "peak_memory_bytes"}
+TIMES |= {"roofline_ms", "roofline_share"}
+TINY = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --vocab_size=128 --batch_size=2 --pairs=1 --decode_tokens=8"
 
 
 def test_counts_of_the_papers_model_without_its_weights() -> None:
@@ -91,6 +96,9 @@ def test_timed_modes_report_both_variants(mode: str, capsys: pytest.CaptureFixtu
         tokens = 2 * (8 if mode == "decode" else 64)
         assert variant["tokens_per_second"] == pytest.approx(1000 * tokens / variant["ms_median"])
         assert 0 < variant["mfu"] < 1.5
+        assert variant["roofline_share"] == pytest.approx(variant["roofline_ms"] / variant["ms_median"])
+        flops = variant["mfu"] * variant["ms_median"]  # over the same rate as the roofline's FLOPs
+        assert variant["roofline_ms"] >= flops * (1 - 1e-9)
         assert variant["peak_memory_bytes"] is None  # a CPU has no such count
     assert found["model"]["ratio_to_dense"].keys() >= {"ms", "flops", "peak_memory"}
     assert 0.5 < found["model"]["ratio_to_dense"]["flops"] < 1
@@ -109,7 +117,8 @@ def test_transformers_can_be_a_third_variant(mode: str, shape: list[str], capsys
 
 
 def test_transformers_has_the_parameters_of_the_dense_twin() -> None:
-    for options in ({}, dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, tie_embeddings=True)):
+    gpt2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, tie_embeddings=True)
+    for options in ({}, dict(pos="none"), dict(tie_embeddings=True), gpt2):
         c = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96, **options)
         assert sum(p.numel() for p in bench.HuggingFace(c).parameters()) == GPT(c).n_params()
     with pytest.raises(UserError, match="transformers' Llama and GPT-2 have no post-rmsnorm swiglu pos=rope form"):
@@ -127,3 +136,105 @@ def test_the_table_names_both_variants_and_every_count(capsys: pytest.CaptureFix
 def test_options_of_the_twins_differ_in_lowdim_only() -> None:
     c = load_config(["config/lpa_370m.py"]).gpt
     assert bench.dense_twin(c) == load_config(["config/dense_370m.py"]).gpt
+
+
+def test_the_bytes_that_must_move() -> None:
+    """Written out for setting 2 at 1 layer: d 32, FFN 96, r 8, T 64, V 128, 2 sequences."""
+    d, ffn, r, T, V, B = 32, 96, 8, 64, 128, 2
+    read = 4 * 2 * r * d + 3 * d * ffn + 3 * d + V * d  # matrices, three norms, the head; not the embedding table
+    expected = dict(train=4 * (2 * read + 8 * (read + V * d)), eval=4 * read, prefill=2 * (read + B * T * (d + r)))
+    expected["decode"] = sum(2 * (read + B * length * (d + r)) for length in range(41, 49))
+    options = f"{TINY} --dtype=bfloat16 --context=40"
+    ranks = [f"--lowdim.{name}={r}" for name in "qkvo"]
+    for mode, wanted in expected.items():
+        c = load_config([*shlex.split(options), *ranks, f"--ffn_dim={ffn}", f"--mode={mode}"], bench.BenchConfig)
+        with torch.device("meta"):
+            assert bench.least_bytes(c, GPT(c.train.gpt), c.train) == wanted, mode
+
+
+def test_a_model_against_itself_without_recomputing(capsys: pytest.CaptureFixture[str]) -> None:
+    options = f"{TINY} --device=cpu --mode=train --against=plain --lowdim.q=8"
+    bench.main(load_config([*shlex.split(options), "--recompute=latents", "--json"], bench.BenchConfig))
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"model", "plain"}
+    assert found["model"]["activation_bytes_per_token"] < found["plain"]["activation_bytes_per_token"]
+    assert found["model"]["ratio_to_plain"]["flops"] == 1
+    with pytest.raises(UserError, match="recompute is 'none', wanted 'latents' or 'block' against plain"):
+        load_config(shlex.split(options), bench.BenchConfig)
+
+
+def test_weights_of_decoding_are_in_dtype_and_rotations_are_not() -> None:
+    model = bench.served(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=96)), "bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.rotation.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_bfloat16_decodes_beside_transformers(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = f"{TINY} --device=cpu --dtype=bfloat16 --lowdim.k=8 --lowdim.v=8 --pos=none"
+    bench.main(
+        load_config([*shlex.split(options), f"--mode={mode}", "--against=dense,hf", "--json"], bench.BenchConfig)
+    )
+    assert json.loads(capsys.readouterr().out)["model"]["ratio_to_hf"]["ms"] > 0
+
+
+# --- The suite ---------------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_suite_is_a_command_that_parses() -> None:
+    for rows in (suite.cpu_rows(), suite.gpu_rows()):
+        assert len(set(rows)) == len(rows)
+        for row in rows:
+            bench.make_variants(load_config(shlex.split(row), bench.BenchConfig))
+    with pytest.raises(UserError, match="mode is 'suite', a standing list: wanted no preset and no options but"):
+        load_config(["--mode=suite", "--n_layer=2"], bench.BenchConfig)
+    load_config(["--mode=suite", "--device=cpu"], bench.BenchConfig)
+
+
+def test_the_suite_keeps_each_row_and_skips_those_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, device = tmp_path / "new" / "cpu1.json", torch.device("cpu")
+    count, step = f"{TINY} --lowdim.q=8", f"{TINY} --lowdim.q=8 --mode=eval --device=cpu"
+    with pytest.raises(UserError, match=r"1 of 2 rows failed.*--n_layer=x: error: "):
+        suite.measure([step, "--n_layer=x"], path, device)
+    (kept,) = json.loads(path.read_text())
+    assert kept["command"] == f"python bench.py {step}"
+    suite.measure([count, step], path, device)  # only what is missing, and in the order of the list
+    rows = json.loads(path.read_text())
+    assert rows[1] == kept
+    gpt = load_config(shlex.split(count), bench.BenchConfig).train.gpt
+    assert rows[0]["results"]["model"] == bench.count(gpt, "float32")
+
+    table = path.with_suffix(".md").read_text()
+    for row in rows:
+        assert row["command"] in table
+    for variant in kept["results"].values():
+        assert f"{variant['ms_median']:,.2f} (" in table
+        assert f"({variant['roofline_share']:.3f})" in table
+    assert f"model over dense: time {kept['results']['model']['ratio_to_dense']['ms']:.3f}" in table
+    assert f"{rows[0]['results']['dense']['params']:,}" in table
+
+    before = path.read_bytes()
+    suite.measure([count, step], path, device)
+    assert path.read_bytes() == before
+    rows[0]["machine"] = rows[0]["machine"] | {"torch": "1.0"}  # another version measures anew
+    path.write_text(json.dumps(rows))
+    suite.measure([count, step], path, device)
+    said = capsys.readouterr().out
+    assert [said.count(f": python bench.py {row}\n") for row in (count, step)] == [2, 1]
+    assert json.loads(path.read_text())[0]["machine"] == kept["machine"]
+
+
+def test_a_broken_suite_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cpu2.json").write_text("[{")
+    with pytest.raises(UserError, match=r"cpu2.json is not a suite's JSON"):
+        suite.measure([TINY], tmp_path / "cpu2.json", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "4090")],
+)
+def test_the_file_is_named_after_the_device(name: str, short: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert suite.short_name(torch.device("cuda")) == short
+    assert suite.short_name(torch.device("cpu")) == f"cpu{torch.get_num_threads()}"

@@ -221,3 +221,12 @@ def test_loss_in_half_precision_is_float32_and_as_exact_as_the_plain_one(dtype: 
         errors.append([((t.grad - e.grad).norm() / e.grad.norm()).item() for t, e in zip((x, w), exact)])
     for ours, plain in zip(*errors):
         assert ours <= 1.1 * plain + 1e-4
+
+
+def test_the_loss_goes_backward_once() -> None:
+    """Its gradients are scaled in place; a second time would scale them twice, so autograd must refuse it."""
+    model = model_with("none", lowdim=RANKS)
+    loss = model(*tokens())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
