@@ -212,7 +212,9 @@ class HuggingFace(nn.Module):
         import transformers
 
         sizes = dict(vocab_size=c.vocab_size, attn_implementation="sdpa")
-        if (c.norm, c.norm_order, c.mlp, c.pos, c.bias) == ("rmsnorm", "pre", "swiglu", "rope", False):
+        # Llama always rotates: the nearest that transformers has to pos='none', too
+        pos = "rope" if c.pos == "none" else c.pos
+        if (c.norm, c.norm_order, c.mlp, pos, c.bias) == ("rmsnorm", "pre", "swiglu", "rope", False):
             sizes |= dict(hidden_size=c.n_embd, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layer)
             sizes |= dict(num_attention_heads=c.n_head, num_key_value_heads=c.kv_heads, head_dim=c.head_dim)
             self.hf = transformers.LlamaForCausalLM(
