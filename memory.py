@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
+from products import linear
+
 # The attention kernels that never form T x T scores, by device and by what they can take
 FUSED_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -17,6 +19,10 @@ FUSED_ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+# Products by a weight, and where x (..., width) stands among their arguments
+PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    PRODUCTS[torch.ops.mkldnn._linear_pointwise.default] = 0
 
 
 def keep_wide(widths: set[int], _context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -24,12 +30,12 @@ def keep_wide(widths: set[int], _context: Any, op: Any, *args: Any, **_kwargs: A
 
     All else is cheap to run again: an up-projection contracts over a rank only, the rest is a pass over its elements.
     """
-    at = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}.get(op)  # where x (B T, width) stands
-    wide = at is not None and args[at].size(1) in widths
+    at = PRODUCTS.get(op)
+    wide = at is not None and args[at].size(-1) in widths
     return CheckpointPolicy.MUST_SAVE if wide or op in FUSED_ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-LOSS_CHUNK = 512  # tokens whose logits are there together
+LOSS_CHUNK = 1024  # tokens whose logits are there together
 
 
 class HeadLoss(torch.autograd.Function):
@@ -50,7 +56,7 @@ class HeadLoss(torch.autograd.Function):
         grad_x, grad_w, grad_b = torch.empty_like(x), None, None
         for start in range(0, len(x), LOSS_CHUNK):
             chunk, y = x[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK, None]
-            log_p = F.log_softmax(F.linear(chunk, w, b), -1, dtype=torch.float32)  # (LOSS_CHUNK, V)
+            log_p = F.log_softmax(linear(chunk, w, b), -1, dtype=torch.float32)  # (LOSS_CHUNK, V)
             loss -= log_p.gather(1, y).sum()
             if not with_gradients:
                 continue
@@ -59,8 +65,8 @@ class HeadLoss(torch.autograd.Function):
             if b is not None:
                 grad_b = grad.sum(0) if grad_b is None else grad_b + grad.sum(0)
             grad = grad.to(x.dtype)
-            grad_x[start : start + LOSS_CHUNK] = grad @ w
-            part = (grad.T @ chunk).to(weight.dtype)
+            grad_x[start : start + LOSS_CHUNK] = linear(grad, w.T)
+            part = linear(grad.T, chunk.T).to(weight.dtype)
             grad_w = part if grad_w is None else grad_w.add_(part)
         if with_gradients:
             ctx.save_for_backward(grad_x, grad_w, grad_b)

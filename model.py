@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import factors
 from memory import HeadLoss, keep_wide
+from products import linear
 
 
 @dataclass(frozen=True)
@@ -160,20 +161,6 @@ class Cache(Protocol):
         """What the heads read from the tokens so far and the new ones (B, T, H D), which are stored."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., C_in) times weight (C_out, C_in)^T, plus bias.
-
-    A CPU of two threads takes 2 to 32 rows, as decoding a batch has them, up to 3 times faster as W x^T; but only with
-    x in rows, so the result is copied back into rows.
-    """
-    rows = x.numel() // x.size(-1)
-    if x.device.type != "cpu" or not 1 < rows <= 32 or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1).T  # (C_in, rows)
-    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-    return y.T.contiguous().view(*x.shape[:-1], -1)
-
-
 class Dense(nn.Module):
     """y = W x + bias. As nn.Linear, without the initialisation that init_weights would overwrite."""
 
@@ -193,7 +180,10 @@ class Dense(nn.Module):
 
 
 class LowRank(nn.Module):
-    """y = B (A x) + bias: a matrix of rank R that is never formed (paper, section 3.1)."""
+    """y = B (A x) + bias: a matrix of rank R that is never formed (paper, section 3.1).
+
+    Not to decode either: merged ahead it was 1.4 to 2.2 times slower at C 768 and R 128 (results/decode_cpu.md).
+    """
 
     def __init__(self, d_in: int, d_out: int, rank: int, bias: bool) -> None:
         super().__init__()
