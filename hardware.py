@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import UserError
+from products import linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -173,7 +174,8 @@ def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.5, n: int |
     """FLOP/s of one large square matrix product, the fastest of those that fit in `seconds`: what MFU divides by."""
     n = n or (8192 if device.type == "cuda" else 1024)
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[dtype])
-    return 2 * n**3 / fastest(lambda: torch.matmul(a, b), device, seconds)
+    with torch.no_grad():
+        return 2 * n**3 / fastest(lambda: linear(a, b), device, seconds)
 
 
 def copy_rate(device: torch.device, seconds: float = 0.5) -> float:

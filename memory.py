@@ -20,7 +20,7 @@ FUSED_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 # Products by a weight, and where x (..., width) stands among their arguments
-PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch.ops.lpa.linear.default: 0}
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     PRODUCTS[torch.ops.mkldnn._linear_pointwise.default] = 0
 

@@ -38,7 +38,20 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return onednn_compiled(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("lpa::linear", mutates_args=())
+def onednn_compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A box that torch.compile does not look into: it would take the operator in it for one of frozen weights."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@onednn_compiled.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 class Linear(torch.autograd.Function):

@@ -8,11 +8,9 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import decode
 from model import GPT, GPTConfig, LowDim
-from products import linear
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=96)
 POSITIONS = [dict(pos="learned"), dict(pos="none"), dict(pos="rope"), dict(pos="rope", rope_dim=6)]
@@ -139,22 +137,3 @@ def test_rope_dim_is_counted_trained_and_checked() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             GPTConfig(**SMALL, **options)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8, 70])
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear_without_gradients_equals_float64(rows: int, bias: bool) -> None:
-    """Large enough that a CPU takes W x^T for 3 rows and oneDNN for the others; x strided as a slice of time is."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(rows, 3, 1024, generator=generator)[:, -1:]  # (rows, 1, C_in)
-    weight, b = torch.randn(1100, 1024, generator=generator), torch.randn(1100, generator=generator)
-    b = b if bias else None
-    wanted = F.linear(x.double(), weight.double(), None if b is None else b.double()).float()
-    with torch.no_grad():
-        y = linear(x, weight, b)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert linear(x, weight, b).dtype == torch.bfloat16
-    assert y.is_contiguous()
-    torch.testing.assert_close(y, wanted, atol=2e-4, rtol=0)  # sums of 1024 products of order 1
-    x.requires_grad_()
-    assert linear(x, weight, b).requires_grad
