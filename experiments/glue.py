@@ -1,0 +1,487 @@
+"""Table 5: what is a pre-trained model worth on GLUE? Full fine-tuning of each run folder on each task.
+
+    python -m experiments.glue out/dense out/lpa --data=GLUE --out=results/glue_cpu.md
+    python -m experiments.glue out/lpa --data=GLUE --tasks CoLA SST-2 --max_examples=8000 --rates 3e-4 1e-3
+
+A linear head reads the state of a text's last token. Each text is followed by a newline, which so parts the two of a
+pair and is where the head reads; where they are longer than block_size, tokens go from the end of the longer one.
+Padding is at the right, where causal attention cannot see it, so it never changes a result.
+
+The scores are those of the dev files after the last epoch: no epoch is chosen. Of several --rates, the one is taken
+that does best on a tenth of the training examples after training on the rest, with the first seed. A finished result
+is a line of the .jsonl file beside --out and is not computed again; a fine-tuning that was stopped starts anew.
+
+Shapes: B batch, T time, C n_embd, K classes, or 1 for a score.
+"""
+
+import copy
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+import checkpoint
+import hardware
+import optim
+from config import UserError, parse, user_errors
+from data import glue
+from data.glue import Example, Task
+from data.tokenizers import Tokenizer
+from model import GPT
+
+# The paper's table 5: full fine-tuning of its setting 1 at 370M; None where it does not give one of GLUE's metrics.
+PAPER = {
+    "paper: Transformer, 369M": {
+        "CoLA": (18.28,),
+        "SST-2": (84.94,),
+        "MRPC": (74.35, None),
+        "QQP": (86.60, 81.95),
+        "STS-B": (72.47, None),
+        "MNLI": (71.69, 71.81),
+        "QNLI": (80.92,),
+        "RTE": (52.76,),
+    },
+    "paper: LPA, 319M": {
+        "CoLA": (25.46,),
+        "SST-2": (86.51,),
+        "MRPC": (78.92, None),
+        "QQP": (87.44, 83.06),
+        "STS-B": (78.77, None),
+        "MNLI": (73.73, 74.20),
+        "QNLI": (83.26,),
+        "RTE": (53.60,),
+    },
+}
+HEADINGS = dict(matthews="Mcc", accuracy="Acc", f1="F1", pearson="Pearson", spearman="Spearman")
+POOL = 50  # batches of which the examples are sorted by length together
+HELD_OUT = 0.1  # share of the training examples on which a learning rate is chosen
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a result depends on, besides checkpoint, data, seed and learning rate."""
+
+    epochs: int = 3
+    batch_size: int = 16
+    dropout: float = 0.1
+    weight_decay: float = 0.1
+    """Of the matrices; see optim.parameter_groups."""
+    warmup_share: float = 0.1
+    """Share of the steps in which the learning rate rises; then it falls to 0 in a straight line."""
+    max_examples: int | None = None
+    """Train on so many examples of each task, drawn at random and the same for all seeds; None = on all."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted 1 or more")
+        if self.max_examples is not None and self.max_examples < 10:
+            raise ValueError(f"max_examples is {self.max_examples}, wanted 10 or more")
+        for name in ("dropout", "warmup_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders of train.py, or checkpoints in them; a row of the table each."""
+    data: Path | None = None
+    """Folder with TASK/train.tsv and dev.tsv as GLUE distributes them; None = from the Hugging Face hub."""
+    tasks: tuple[str, ...] = ()
+    """Such as CoLA SST-2; none = all that the data has."""
+    seeds: int = 3
+    rates: tuple[float, ...] = (3e-4,)
+    """Peak learning rates to choose from."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    out: Path = Path("results/glue.md")
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("no run folder is given, wanted one or more, such as out/lpa_cpu")
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}, wanted 1 or more")
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"rates is {self.rates}, wanted one or more above 0")
+
+
+def main(o: Options) -> None:
+    metrics()  # an error now, rather than after the first fine-tuning
+    device = hardware.choose_device(o.device)
+    tasks = glue.find_tasks(o.tasks, o.data)
+    results = Results(o.out.with_suffix(".jsonl"))
+    rows = []
+    try:
+        for run in o.runs:
+            model, tokenizer, manifest = checkpoint.load_model(run, device)
+            name = f"{Path(manifest['options']['out_dir']).name}, step {manifest['step']}"
+            weights = manifest["files"]["model.pt"]["sha256"][:16]
+            found = {task.name: score_task(o, task, name, weights, model, tokenizer, results, device) for task in tasks}
+            rows.append(Row(name, model.n_params(), found))
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; what is finished is in {results.path}, and the same command goes on") from None
+    text = report(o, tasks, rows, device)
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    o.out.write_text(text)
+    print(text)
+
+
+def score_task(
+    o: Options,
+    task: Task,
+    name: str,
+    weights: str,
+    model: GPT,
+    tokenizer: Tokenizer,
+    results: "Results",
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """The results of one checkpoint on one task, one a seed."""
+    examples = {split: glue.read(task, split, o.data) for split in ("train", *task.dev_splits)}
+    chosen = torch.randperm(len(examples["train"]), generator=torch.Generator().manual_seed(0)).tolist()
+    examples["train"] = [examples["train"][i] for i in chosen[: o.recipe.max_examples]]
+    digest = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    splits = {split: encode(task, part, tokenizer, model.config.block_size) for split, part in examples.items()}
+
+    def result(seed: int, rate: float, held_out: bool) -> dict[str, Any]:
+        of = dict(checkpoint=weights, task=task.name, data=digest, seed=seed, learning_rate=rate, held_out=held_out)
+        of |= dataclasses.asdict(o.recipe)
+        if (known := results.find(of)) is not None:
+            return known
+        say = f"{name}, {task.name}, seed {seed}, rate {rate:g}{', to choose the rate' if held_out else ''}"
+        train, tests = hold_out(task, splits["train"]) if held_out else (splits["train"], splits)
+        start = time.perf_counter()
+        scores = fine_tune(model, task, train, tests, o.recipe, rate, seed, device, say)
+        print(f"{say}: {' / '.join(f'{100 * score:.2f}' for score in scores)}", flush=True)
+        cut, total = (sum(numbers) for numbers in zip(*((part.truncated, len(part.ids)) for part in splits.values())))
+        return results.add(
+            dict(of=of, run=name, scores=scores, majority=majority(task, train, tests), truncated=cut, texts=total)
+            | dict(seconds=round(time.perf_counter() - start, 1))
+        )
+
+    rate = o.rates[0]
+    if len(o.rates) > 1:
+        rate = max(o.rates, key=lambda rate: statistics.mean(result(1, rate, held_out=True)["scores"]))
+    return [result(seed, rate, held_out=False) for seed in range(1, o.seeds + 1)]
+
+
+class Results:
+    """Finished fine-tunings, a JSON line each, found by all that they depend on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} is no file of results ({error}); move it or give another --out") from None
+
+    def find(self, of: dict[str, Any]) -> dict[str, Any] | None:
+        return next((record for record in self.read() if record["of"] == of), None)
+
+    def add(self, record: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_whole(self.path, "".join(json.dumps(r) + "\n" for r in [*self.read(), record]))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        return record
+
+
+# --- Texts as tokens -----------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    ids: list[Tensor]
+    """Of each example (T,)."""
+    labels: Tensor
+    """(N,), int64 classes or float32 scores."""
+    truncated: int
+    """Examples that did not fit into block_size."""
+
+
+def encode(task: Task, examples: list[Example], tokenizer: Tokenizer, block_size: int) -> Encoded:
+    """A newline after each text: no GLUE text holds one, and unlike the end of text it occurs in every corpus.
+
+    Raises UserError where block_size has no room for a token of each text.
+    """
+    newline, ids, truncated = tokenizer.encode("\n"), [], 0
+    for texts, _ in examples:
+        parts = [tokenizer.encode(text) for text in texts]
+        lengths = [len(part) for part in parts]
+        kept = shorten(lengths, block_size - len(parts) * len(newline))
+        truncated += kept != lengths
+        ids.append(torch.tensor([token for part, n in zip(parts, kept) for token in (*part[:n], *newline)]))
+    labels = torch.tensor([label for _, label in examples], dtype=torch.int64 if task.labels else torch.float32)
+    return Encoded(ids, labels, truncated)
+
+
+def shorten(lengths: list[int], room: int) -> list[int]:
+    """Lengths whose sum is at most room, made so by taking from the longest, and the first of equals."""
+    if room < len(lengths):
+        raise UserError(f"block_size leaves room for {room} tokens, wanted {len(lengths)} or more")
+    lengths = list(lengths)
+    while sum(lengths) > room:
+        lengths[lengths.index(max(lengths))] -= 1
+    return lengths
+
+
+def hold_out(task: Task, train: Encoded) -> tuple[Encoded, dict[str, Encoded]]:
+    """Train, which is in random order, without its first tenth; and that tenth in place of the dev splits."""
+    n = max(1, int(HELD_OUT * len(train.ids)))
+    held, rest = (Encoded(train.ids[part], train.labels[part], 0) for part in (slice(n), slice(n, None)))
+    return rest, dict.fromkeys(task.dev_splits, held)
+
+
+def batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The examples of an epoch in random order, those of a batch alike in length (N,): indices (B,) of each batch."""
+    generator = torch.Generator().manual_seed(1000 * seed + epoch)
+    pools = torch.randperm(len(lengths), generator=generator).split(POOL * batch_size)
+    found = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(batch_size)]
+    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+
+
+def collate(ids: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids of unequal length -> padded at the right (B, T), and the place of each last token (B,)."""
+    last = torch.tensor([len(row) - 1 for row in ids])
+    return pad_sequence(ids, batch_first=True).to(device), last.to(device)
+
+
+# --- Fine-tuning ---------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """A GPT with a linear head on the state of the last token, in place of the one that predicts tokens."""
+
+    def __init__(self, body: GPT, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.body = body
+        self.body.lm_head = nn.Identity()  # nothing reads it
+        self.head = nn.Linear(body.config.n_embd, outputs)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        for module in self.body.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+
+    def forward(self, idx: Tensor, last: Tensor) -> Tensor:
+        """idx (B, T), padded at the right; last (B,), where each text ends -> logits or a score (B, K), float32."""
+        state = self.body.hidden(idx)[torch.arange(len(idx), device=idx.device), last]  # (B, C)
+        with torch.autocast(idx.device.type, enabled=False):
+            return self.head(state.float())
+
+
+def fine_tune(
+    model: GPT,
+    task: Task,
+    train: Encoded,
+    tests: dict[str, Encoded],
+    recipe: Recipe,
+    rate: float,
+    seed: int,
+    device: torch.device,
+    say: str,
+) -> list[float]:
+    """Train a copy of the model with all its weights -> task.scores of it on `tests`, after the last epoch.
+
+    A score is learned by its squared error, in units in which those of train have mean 0 and deviation 1: GLUE's
+    correlations do not see the units. Raises UserError where the loss is no longer finite.
+    """
+    torch.manual_seed(seed)  # of the head's weights and of dropout
+    classifier = Classifier(copy.deepcopy(model).cpu(), len(task.labels) or 1, recipe.dropout).to(device)
+    groups = optim.parameter_groups(classifier, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
+    steps = recipe.epochs * math.ceil(len(train.ids) / recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share_of_rate, steps, recipe.warmup_share))
+    lengths = torch.tensor([len(row) for row in train.ids])
+    labels = train.labels
+    if not task.labels:
+        labels = (labels - labels.mean()) / labels.std().clamp(min=1e-6)
+    classifier.train()
+    for epoch in range(recipe.epochs):
+        total, start = torch.zeros((), device=device), time.perf_counter()
+        for batch in batches(lengths, recipe.batch_size, seed, epoch):
+            idx, last = collate([train.ids[i] for i in batch.tolist()], device)
+            target = labels[batch].to(device)
+            with hardware.autocast(device, recipe.dtype):
+                y = classifier(idx, last)  # (B, K)
+            loss = F.cross_entropy(y, target) if task.labels else F.mse_loss(y[:, 0], target)
+            loss.backward()
+            nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += loss.detach() * len(batch)
+        mean = total.item() / len(train.ids)
+        if not math.isfinite(mean):
+            raise UserError(f"{say}: the loss is not finite in epoch {epoch + 1}; try a lower rate")
+        seconds = time.perf_counter() - start
+        print(f"{say}: epoch {epoch + 1}/{recipe.epochs}, loss {mean:.4f}, {seconds:.0f} s", flush=True)
+    predicted = {split: predict(classifier, task, tests[split].ids, recipe, device) for split in task.dev_splits}
+    return [metrics()[metric](tests[split].labels.numpy(), predicted[split]) for metric, split in task.scores]
+
+
+def share_of_rate(steps: int, warmup_share: float, step: int) -> float:
+    """The learning rate of the update after `step` finished ones, as a share of the peak."""
+    warmup = max(1, int(warmup_share * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+@torch.no_grad()
+def predict(classifier: Classifier, task: Task, ids: list[Tensor], recipe: Recipe, device: torch.device) -> np.ndarray:
+    """The class or the score of each example (N,)."""
+    classifier.eval()
+    order = torch.tensor([len(row) for row in ids]).argsort(stable=True)
+    y = torch.empty(len(ids), len(task.labels) or 1)  # (N, K)
+    for batch in order.split(64):
+        with hardware.autocast(device, recipe.dtype):
+            y[batch] = classifier(*collate([ids[i] for i in batch.tolist()], device)).cpu()
+    return (y.argmax(-1) if task.labels else y[:, 0]).numpy()
+
+
+def majority(task: Task, train: Encoded, tests: dict[str, Encoded]) -> list[float]:
+    """task.scores of answering with train's most frequent class, or its mean score, every time."""
+    constant = train.labels.mode().values if task.labels else train.labels.mean()
+    truth = {split: tests[split].labels.numpy() for split in task.dev_splits}
+    return [metrics()[metric](truth[split], np.full_like(truth[split], constant)) for metric, split in task.scores]
+
+
+def metrics() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
+    """GLUE's metrics, each a function of truth (N,) and prediction (N,), by scikit-learn and SciPy."""
+    try:
+        import scipy.stats
+        import sklearn.metrics
+    except ImportError:
+        raise UserError("GLUE's metrics need: pip install 'scikit-learn>=1.4,<2' 'scipy>=1.11,<2'") from None
+
+    def correlation(measure: Callable, truth: np.ndarray, predicted: np.ndarray) -> float:
+        """0 where one answer is given every time, as the Matthews correlation has it."""
+        return float(measure(truth, predicted).statistic) if len(set(predicted.tolist())) > 1 else 0.0
+
+    return dict(
+        accuracy=lambda truth, predicted: float(sklearn.metrics.accuracy_score(truth, predicted)),
+        f1=lambda truth, predicted: float(sklearn.metrics.f1_score(truth, predicted, zero_division=0)),
+        matthews=lambda truth, predicted: float(sklearn.metrics.matthews_corrcoef(truth, predicted)),
+        pearson=partial(correlation, scipy.stats.pearsonr),
+        spearman=partial(correlation, scipy.stats.spearmanr),
+    )
+
+
+# --- Table 5 -------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    name: str
+    params: int
+    found: dict[str, list[dict[str, Any]]]
+    """Results of each task, one a seed."""
+
+
+def report(o: Options, tasks: list[Task], rows: list[Row], device: torch.device) -> str:
+    recipe = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(o.recipe).items())
+    records = [record for row in rows for found in row.found.values() for record in found]
+    lines = [
+        "# GLUE, in the layout of the paper's table 5\n",
+        f"Full fine-tuning, {o.seeds} seeds, torch {torch.__version__}, {hardware.describe(device)},",
+        f"{datetime.date.today()}, {sum(record['seconds'] for record in records) / 60:.0f} minutes in all.",
+        f"Command: `python -m experiments.glue {' '.join(sys.argv[1:])}`\n",
+        f"Recipe: {recipe}.",
+        "Scores times 100 on the dev files after the last epoch, mean and standard deviation over seeds; no epoch and",
+        "no learning rate was chosen on the dev files. A correlation counts as 0 where one answer is given every time.",
+        "The paper's rows are its own figures at its size; it does not say on which files. Avg. is the mean over the",
+        "tasks that were run, as the paper takes it: of the two metrics of MRPC and STS-B only the first counts.\n",
+        *table(tasks, rows),
+        "",
+        *verdicts(tasks, rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(tasks: list[Task], rows: list[Row]) -> list[str]:
+    """Lines of markdown; every column of the paper's table, with a dash where a task was not run."""
+    names = [task.name for task in tasks]
+    lines = ["| model | params | " + " | ".join(heading(task) for task in glue.TASKS.values())]
+    lines[0] += f" | Avg. of {len(tasks)} |"
+    lines.append("|---" * (len(glue.TASKS) + 3) + "|")
+    chance = {name: rows[0].found[name][0]["majority"] for name in names}
+    lines.append(line("majority class", "", {name: [scores] for name, scores in chance.items()}, names))
+    for row in rows:
+        scores = {name: [record["scores"] for record in found] for name, found in row.found.items()}
+        lines.append(line(row.name, f"{row.params / 1e6:.1f}M", scores, names))
+    for name, scores in PAPER.items():
+        lines.append(line(f"*{name}*", "", {task: [values] for task, values in scores.items()}, names, percent=1))
+    return lines
+
+
+def heading(task: Task) -> str:
+    if len(task.dev_splits) > 1:
+        return f"{task.name} Acc(m/mm)"
+    return f"{task.name} {'/'.join(HEADINGS[metric] for metric, _ in task.scores)}"
+
+
+def line(
+    name: str, params: str, scores: dict[str, list[list[float | None]]], averaged: list[str], percent: float = 100
+) -> str:
+    """scores holds a list of values of each seed; percent times a value is what the table shows."""
+    cells = []
+    for task in glue.TASKS:
+        by_metric = zip(*scores[task]) if task in scores else [[None]]
+        cells.append(" / ".join(mean_and_deviation(values, percent) for values in by_metric))
+    seeds = len(scores[averaged[0]])
+    averages = [average({task: scores[task][seed] for task in averaged}) for seed in range(seeds)]
+    return f"| {name} | {params} | {' | '.join(cells)} | {mean_and_deviation(averages, percent)} |"
+
+
+def mean_and_deviation(values: list[float | None], percent: float) -> str:
+    if None in values:
+        return "–"
+    spread = f" ± {percent * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{percent * statistics.mean(values):.2f}{spread}"
+
+
+def average(scores: dict[str, list[float | None]]) -> float:
+    """The mean over tasks of the mean of those of its metrics that the paper has, which gives the paper's Avg."""
+    known = {task: [v for v, p in zip(values, PAPER["paper: LPA, 319M"][task]) if p] for task, values in scores.items()}
+    return statistics.mean(statistics.mean(values) for values in known.values())
+
+
+def verdicts(tasks: list[Task], rows: list[Row]) -> list[str]:
+    """A line per checkpoint and task: whether the mean less one deviation beats the majority class, and the setting."""
+    lines = ["| model | task | first metric less one deviation | majority | above | learning rate | truncated |"]
+    lines.append("|---" * 7 + "|")
+    for row in rows:
+        for task in tasks:
+            records = row.found[task.name]
+            first = [record["scores"][0] for record in records]
+            low, chance = statistics.mean(first) - (statistics.stdev(first) if len(first) > 1 else 0), records[0]
+            lines.append(
+                f"| {row.name} | {task.name} | {100 * low:.2f} | {100 * chance['majority'][0]:.2f}"
+                f" | {'yes' if low > chance['majority'][0] else 'no'} | {records[0]['of']['learning_rate']:g}"
+                f" | {records[0]['truncated']} of {records[0]['texts']} |"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(parse(sys.argv[1:], Options, __doc__))
