@@ -1,20 +1,30 @@
-"""GLUE (arXiv 1804.07461): its tasks, and their rows from the files as distributed or from the Hugging Face hub.
+"""GLUE (arXiv 1804.07461): its tasks, their rows and metrics, and batches of tokens for a causal model.
 
 The files are FOLDER/TASK/train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv). A row is a line, its
 fields are parted by tabs, and a quotation mark is a character like any other. The labels of the test files are not
-public, so they are not read.
+public, so they are not read. Without the files, the rows come from the Hugging Face hub.
+
+Shapes: B batch, T time, N examples.
 """
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from config import UserError
+from data.tokenizers import Tokenizer
 
 HUB = "nyu-mll/glue"
+POOL = 50  # batches of which the examples are sorted by length together
 
 
 class Example(NamedTuple):
@@ -29,7 +39,7 @@ class Task:
     name: str
     """Also the folder's."""
     scores: tuple[tuple[str, str], ...]
-    """The official metrics (see experiments/glue.py), each with the file that it is taken on."""
+    """The official metrics, by their names in metrics(), each with the file that it is taken on."""
     labels: tuple[str, ...]
     """How the files spell class 0, 1, ...; () = a score from 0 to 5."""
     text_columns: tuple[str, ...]
@@ -156,3 +166,79 @@ def hub_rows(task: Task, split: str) -> Iterator[Example]:
     columns = [name for name in rows.column_names if name not in ("label", "idx")]
     for row in rows:
         yield Example(tuple(row[column].strip() for column in columns), row["label"])
+
+
+# --- Metrics ---------------------------------------------------------------------------------------------------------
+
+
+def metrics() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
+    """GLUE's metrics, each a function of truth (N,) and prediction (N,), by scikit-learn and SciPy."""
+    try:
+        import scipy.stats
+        import sklearn.metrics
+    except ImportError:
+        raise UserError("GLUE's metrics need: pip install 'scikit-learn>=1.4,<2' 'scipy>=1.11,<2'") from None
+
+    def correlation(measure: Callable, truth: np.ndarray, predicted: np.ndarray) -> float:
+        """0 where one answer is given every time, as the Matthews correlation has it."""
+        return float(measure(truth, predicted).statistic) if len(set(predicted.tolist())) > 1 else 0.0
+
+    return dict(
+        accuracy=lambda truth, predicted: float(sklearn.metrics.accuracy_score(truth, predicted)),
+        f1=lambda truth, predicted: float(sklearn.metrics.f1_score(truth, predicted, zero_division=0)),
+        matthews=lambda truth, predicted: float(sklearn.metrics.matthews_corrcoef(truth, predicted)),
+        pearson=partial(correlation, scipy.stats.pearsonr),
+        spearman=partial(correlation, scipy.stats.spearmanr),
+    )
+
+
+# --- Texts as tokens -----------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    ids: list[Tensor]
+    """Of each example (T,)."""
+    labels: Tensor
+    """(N,), int64 classes or float32 scores."""
+    truncated: int
+    """Examples that did not fit into block_size."""
+
+
+def encode(task: Task, examples: list[Example], tokenizer: Tokenizer, block_size: int) -> Encoded:
+    """A newline after each text: no GLUE text holds one, and unlike the end of text it occurs in every corpus.
+
+    Raises UserError where block_size has no room for a token of each text.
+    """
+    newline, ids, truncated = tokenizer.encode("\n"), [], 0
+    for texts, _ in examples:
+        parts = [tokenizer.encode(text) for text in texts]
+        lengths = [len(part) for part in parts]
+        kept = shorten(lengths, block_size - len(parts) * len(newline))
+        truncated += kept != lengths
+        ids.append(torch.tensor([token for part, n in zip(parts, kept) for token in (*part[:n], *newline)]))
+    labels = torch.tensor([label for _, label in examples], dtype=torch.int64 if task.labels else torch.float32)
+    return Encoded(ids, labels, truncated)
+
+
+def shorten(lengths: list[int], room: int) -> list[int]:
+    """Lengths whose sum is at most room, made so by taking from the longest, and the first of equals."""
+    if room < len(lengths):
+        raise UserError(f"block_size leaves room for {room} tokens, wanted {len(lengths)} or more")
+    lengths = list(lengths)
+    while sum(lengths) > room:
+        lengths[lengths.index(max(lengths))] -= 1
+    return lengths
+
+
+def batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The examples of an epoch in random order, those of a batch alike in length (N,): indices (B,) of each batch."""
+    generator = torch.Generator().manual_seed(1000 * seed + epoch)
+    pools = torch.randperm(len(lengths), generator=generator).split(POOL * batch_size)
+    found = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(batch_size)]
+    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+
+
+def collate(ids: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids of unequal length -> padded at the right (B, T), and the place of each last token (B,)."""
+    last = torch.tensor([len(row) - 1 for row in ids])
+    return pad_sequence(ids, batch_first=True).to(device), last.to(device)

@@ -23,7 +23,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,14 +33,13 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 import checkpoint
 import hardware
 import optim
 from config import UserError, parse, user_errors
 from data import glue
-from data.glue import Example, Task
+from data.glue import Encoded, Task, batches, collate, metrics
 from data.tokenizers import Tokenizer
 from model import GPT
 
@@ -69,7 +67,6 @@ PAPER = {
     },
 }
 HEADINGS = dict(matthews="Mcc", accuracy="Acc", f1="F1", pearson="Pearson", spearman="Spearman")
-POOL = 50  # batches of which the examples are sorted by length together
 HELD_OUT = 0.1  # share of the training examples on which a learning rate is chosen
 
 
@@ -90,6 +87,8 @@ class Recipe:
     """Of matrix products."""
 
     def __post_init__(self) -> None:
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}, wanted 0 or more")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 1 or more")
@@ -124,6 +123,16 @@ class Options:
             raise ValueError(f"rates is {self.rates}, wanted one or more above 0")
 
 
+class Subject(NamedTuple):
+    """A checkpoint to fine-tune, on the device."""
+
+    name: str
+    weights: str
+    """The start of model.pt's sha256, which tells checkpoints apart."""
+    model: GPT
+    tokenizer: Tokenizer
+
+
 def main(o: Options) -> None:
     metrics()  # an error now, rather than after the first fine-tuning
     device = hardware.choose_device(o.device)
@@ -132,56 +141,67 @@ def main(o: Options) -> None:
     rows = []
     try:
         for run in o.runs:
-            model, tokenizer, manifest = checkpoint.load_model(run, device)
-            name = f"{Path(manifest['options']['out_dir']).name}, step {manifest['step']}"
-            weights = manifest["files"]["model.pt"]["sha256"][:16]
-            found = {task.name: score_task(o, task, name, weights, model, tokenizer, results, device) for task in tasks}
-            rows.append(Row(name, model.n_params(), found))
+            subject = load(run, device)
+            found = {task.name: score_task(o, task, subject, results) for task in tasks}
+            rows.append(Row(subject.name, subject.model.n_params(), found))
     except KeyboardInterrupt:
         raise UserError(f"stopped; what is finished is in {results.path}, and the same command goes on") from None
     text = report(o, tasks, rows, device)
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    o.out.write_text(text)
+    write(o.out, text)
     print(text)
 
 
-def score_task(
-    o: Options,
-    task: Task,
-    name: str,
-    weights: str,
-    model: GPT,
-    tokenizer: Tokenizer,
-    results: "Results",
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """The results of one checkpoint on one task, one a seed."""
+def load(run: Path, device: torch.device) -> Subject:
+    model, tokenizer, manifest = checkpoint.load_model(run, device)
+    name = f"{Path(manifest['options']['out_dir']).name}, step {manifest['step']}"
+    return Subject(name, manifest["files"]["model.pt"]["sha256"][:16], model, tokenizer)
+
+
+def score_task(o: Options, task: Task, subject: Subject, results: "Results") -> list[dict[str, Any]]:
+    """The results of one checkpoint on one task, one a seed, at the learning rate that does best on a part of train."""
     examples = {split: glue.read(task, split, o.data) for split in ("train", *task.dev_splits)}
     chosen = torch.randperm(len(examples["train"]), generator=torch.Generator().manual_seed(0)).tolist()
     examples["train"] = [examples["train"][i] for i in chosen[: o.recipe.max_examples]]
     digest = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
-    splits = {split: encode(task, part, tokenizer, model.config.block_size) for split, part in examples.items()}
+    block_size = subject.model.config.block_size
+    splits = {split: glue.encode(task, part, subject.tokenizer, block_size) for split, part in examples.items()}
 
     def result(seed: int, rate: float, held_out: bool) -> dict[str, Any]:
-        of = dict(checkpoint=weights, task=task.name, data=digest, seed=seed, learning_rate=rate, held_out=held_out)
-        of |= dataclasses.asdict(o.recipe)
-        if (known := results.find(of)) is not None:
-            return known
-        say = f"{name}, {task.name}, seed {seed}, rate {rate:g}{', to choose the rate' if held_out else ''}"
-        train, tests = hold_out(task, splits["train"]) if held_out else (splits["train"], splits)
-        start = time.perf_counter()
-        scores = fine_tune(model, task, train, tests, o.recipe, rate, seed, device, say)
-        print(f"{say}: {' / '.join(f'{100 * score:.2f}' for score in scores)}", flush=True)
-        cut, total = (sum(numbers) for numbers in zip(*((part.truncated, len(part.ids)) for part in splits.values())))
-        return results.add(
-            dict(of=of, run=name, scores=scores, majority=majority(task, train, tests), truncated=cut, texts=total)
-            | dict(seconds=round(time.perf_counter() - start, 1))
-        )
+        of = dict(checkpoint=subject.weights, task=task.name, data=digest, seed=seed, learning_rate=rate)
+        of |= dict(held_out=held_out) | dataclasses.asdict(o.recipe)
+        known = results.find(of)
+        return known or results.add(dict(of=of) | measure(task, subject, splits, o.recipe, rate, seed, held_out))
 
     rate = o.rates[0]
     if len(o.rates) > 1:
         rate = max(o.rates, key=lambda rate: statistics.mean(result(1, rate, held_out=True)["scores"]))
     return [result(seed, rate, held_out=False) for seed in range(1, o.seeds + 1)]
+
+
+def measure(
+    task: Task, subject: Subject, splits: dict[str, Encoded], recipe: Recipe, rate: float, seed: int, held_out: bool
+) -> dict[str, Any]:
+    """One fine-tuning, as a record of what came of it."""
+    say = f"{subject.name}, {task.name}, seed {seed}, rate {rate:g}{', to choose the rate' if held_out else ''}"
+    train, tests = hold_out(task, splits["train"]) if held_out else (splits["train"], splits)
+    start = time.perf_counter()
+    scores = fine_tune(subject.model, task, train, tests, recipe, rate, seed, say)
+    print(f"{say}: {' / '.join(f'{100 * score:.2f}' for score in scores)}", flush=True)
+    return dict(
+        run=subject.name,
+        scores=scores,
+        majority=majority(task, train, tests),
+        truncated=sum(part.truncated for part in splits.values()),
+        texts=sum(len(part.ids) for part in splits.values()),
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+def hold_out(task: Task, train: Encoded) -> tuple[Encoded, dict[str, Encoded]]:
+    """Train, which is in random order, without its first tenth; and that tenth in place of the dev splits."""
+    n = max(1, int(HELD_OUT * len(train.ids)))
+    held, rest = (Encoded(train.ids[part], train.labels[part], 0) for part in (slice(n), slice(n, None)))
+    return rest, dict.fromkeys(task.dev_splits, held)
 
 
 class Results:
@@ -200,71 +220,16 @@ class Results:
         return next((record for record in self.read() if record["of"] == of), None)
 
     def add(self, record: dict[str, Any]) -> dict[str, Any]:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_whole(self.path, "".join(json.dumps(r) + "\n" for r in [*self.read(), record]))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        write(self.path, "".join(json.dumps(r) + "\n" for r in [*self.read(), record]))
         return record
 
 
-# --- Texts as tokens -----------------------------------------------------------------------------------------------
-
-
-class Encoded(NamedTuple):
-    ids: list[Tensor]
-    """Of each example (T,)."""
-    labels: Tensor
-    """(N,), int64 classes or float32 scores."""
-    truncated: int
-    """Examples that did not fit into block_size."""
-
-
-def encode(task: Task, examples: list[Example], tokenizer: Tokenizer, block_size: int) -> Encoded:
-    """A newline after each text: no GLUE text holds one, and unlike the end of text it occurs in every corpus.
-
-    Raises UserError where block_size has no room for a token of each text.
-    """
-    newline, ids, truncated = tokenizer.encode("\n"), [], 0
-    for texts, _ in examples:
-        parts = [tokenizer.encode(text) for text in texts]
-        lengths = [len(part) for part in parts]
-        kept = shorten(lengths, block_size - len(parts) * len(newline))
-        truncated += kept != lengths
-        ids.append(torch.tensor([token for part, n in zip(parts, kept) for token in (*part[:n], *newline)]))
-    labels = torch.tensor([label for _, label in examples], dtype=torch.int64 if task.labels else torch.float32)
-    return Encoded(ids, labels, truncated)
-
-
-def shorten(lengths: list[int], room: int) -> list[int]:
-    """Lengths whose sum is at most room, made so by taking from the longest, and the first of equals."""
-    if room < len(lengths):
-        raise UserError(f"block_size leaves room for {room} tokens, wanted {len(lengths)} or more")
-    lengths = list(lengths)
-    while sum(lengths) > room:
-        lengths[lengths.index(max(lengths))] -= 1
-    return lengths
-
-
-def hold_out(task: Task, train: Encoded) -> tuple[Encoded, dict[str, Encoded]]:
-    """Train, which is in random order, without its first tenth; and that tenth in place of the dev splits."""
-    n = max(1, int(HELD_OUT * len(train.ids)))
-    held, rest = (Encoded(train.ids[part], train.labels[part], 0) for part in (slice(n), slice(n, None)))
-    return rest, dict.fromkeys(task.dev_splits, held)
-
-
-def batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """The examples of an epoch in random order, those of a batch alike in length (N,): indices (B,) of each batch."""
-    generator = torch.Generator().manual_seed(1000 * seed + epoch)
-    pools = torch.randperm(len(lengths), generator=generator).split(POOL * batch_size)
-    found = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(batch_size)]
-    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
-
-
-def collate(ids: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids of unequal length -> padded at the right (B, T), and the place of each last token (B,)."""
-    last = torch.tensor([len(row) - 1 for row in ids])
-    return pad_sequence(ids, batch_first=True).to(device), last.to(device)
+def write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_whole(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 # --- Fine-tuning ---------------------------------------------------------------------------------------------------
@@ -299,7 +264,6 @@ def fine_tune(
     recipe: Recipe,
     rate: float,
     seed: int,
-    device: torch.device,
     say: str,
 ) -> list[float]:
     """Train a copy of the model with all its weights -> task.scores of it on `tests`, after the last epoch.
@@ -307,38 +271,54 @@ def fine_tune(
     A score is learned by its squared error, in units in which those of train have mean 0 and deviation 1: GLUE's
     correlations do not see the units. Raises UserError where the loss is no longer finite.
     """
+    device = model.lm_head.weight.device
     torch.manual_seed(seed)  # of the head's weights and of dropout
-    classifier = Classifier(copy.deepcopy(model).cpu(), len(task.labels) or 1, recipe.dropout).to(device)
+    classifier = Classifier(copy.deepcopy(model), len(task.labels) or 1, recipe.dropout).to(device)
     groups = optim.parameter_groups(classifier, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
     steps = recipe.epochs * math.ceil(len(train.ids) / recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share_of_rate, steps, recipe.warmup_share))
-    lengths = torch.tensor([len(row) for row in train.ids])
-    labels = train.labels
     if not task.labels:
-        labels = (labels - labels.mean()) / labels.std().clamp(min=1e-6)
-    classifier.train()
+        train = train._replace(labels=(train.labels - train.labels.mean()) / train.labels.std().clamp(min=1e-6))
+    lengths = torch.tensor([len(row) for row in train.ids])
     for epoch in range(recipe.epochs):
-        total, start = torch.zeros((), device=device), time.perf_counter()
-        for batch in batches(lengths, recipe.batch_size, seed, epoch):
-            idx, last = collate([train.ids[i] for i in batch.tolist()], device)
-            target = labels[batch].to(device)
-            with hardware.autocast(device, recipe.dtype):
-                y = classifier(idx, last)  # (B, K)
-            loss = F.cross_entropy(y, target) if task.labels else F.mse_loss(y[:, 0], target)
-            loss.backward()
-            nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            total += loss.detach() * len(batch)
-        mean = total.item() / len(train.ids)
-        if not math.isfinite(mean):
+        start = time.perf_counter()
+        order = batches(lengths, recipe.batch_size, seed, epoch)
+        loss = train_epoch(classifier, task, train, order, optimizer, schedule, recipe.dtype)
+        if not math.isfinite(loss):
             raise UserError(f"{say}: the loss is not finite in epoch {epoch + 1}; try a lower rate")
         seconds = time.perf_counter() - start
-        print(f"{say}: epoch {epoch + 1}/{recipe.epochs}, loss {mean:.4f}, {seconds:.0f} s", flush=True)
-    predicted = {split: predict(classifier, task, tests[split].ids, recipe, device) for split in task.dev_splits}
+        print(f"{say}: epoch {epoch + 1}/{recipe.epochs}, loss {loss:.4f}, {seconds:.0f} s", flush=True)
+    predicted = {split: predict(classifier, task, tests[split].ids, recipe.dtype) for split in task.dev_splits}
     return [metrics()[metric](tests[split].labels.numpy(), predicted[split]) for metric, split in task.scores]
+
+
+def train_epoch(
+    classifier: Classifier,
+    task: Task,
+    train: Encoded,
+    order: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    dtype: str,
+) -> float:
+    """The mean loss of an epoch's updates; order holds the examples (B,) of each."""
+    classifier.train()
+    device = classifier.head.weight.device
+    total = torch.zeros((), device=device)
+    for batch in order:
+        idx, last = collate([train.ids[i] for i in batch.tolist()], device)
+        target = train.labels[batch].to(device)  # (B,)
+        with hardware.autocast(device, dtype):
+            y = classifier(idx, last)  # (B, K)
+        loss = F.cross_entropy(y, target) if task.labels else F.mse_loss(y[:, 0], target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        total += loss.detach() * len(batch)
+    return total.item() / len(train.ids)
 
 
 def share_of_rate(steps: int, warmup_share: float, step: int) -> float:
@@ -348,13 +328,14 @@ def share_of_rate(steps: int, warmup_share: float, step: int) -> float:
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, task: Task, ids: list[Tensor], recipe: Recipe, device: torch.device) -> np.ndarray:
+def predict(classifier: Classifier, task: Task, ids: list[Tensor], dtype: str) -> np.ndarray:
     """The class or the score of each example (N,)."""
     classifier.eval()
+    device = classifier.head.weight.device
     order = torch.tensor([len(row) for row in ids]).argsort(stable=True)
     y = torch.empty(len(ids), len(task.labels) or 1)  # (N, K)
     for batch in order.split(64):
-        with hardware.autocast(device, recipe.dtype):
+        with hardware.autocast(device, dtype):
             y[batch] = classifier(*collate([ids[i] for i in batch.tolist()], device)).cpu()
     return (y.argmax(-1) if task.labels else y[:, 0]).numpy()
 
@@ -364,27 +345,6 @@ def majority(task: Task, train: Encoded, tests: dict[str, Encoded]) -> list[floa
     constant = train.labels.mode().values if task.labels else train.labels.mean()
     truth = {split: tests[split].labels.numpy() for split in task.dev_splits}
     return [metrics()[metric](truth[split], np.full_like(truth[split], constant)) for metric, split in task.scores]
-
-
-def metrics() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
-    """GLUE's metrics, each a function of truth (N,) and prediction (N,), by scikit-learn and SciPy."""
-    try:
-        import scipy.stats
-        import sklearn.metrics
-    except ImportError:
-        raise UserError("GLUE's metrics need: pip install 'scikit-learn>=1.4,<2' 'scipy>=1.11,<2'") from None
-
-    def correlation(measure: Callable, truth: np.ndarray, predicted: np.ndarray) -> float:
-        """0 where one answer is given every time, as the Matthews correlation has it."""
-        return float(measure(truth, predicted).statistic) if len(set(predicted.tolist())) > 1 else 0.0
-
-    return dict(
-        accuracy=lambda truth, predicted: float(sklearn.metrics.accuracy_score(truth, predicted)),
-        f1=lambda truth, predicted: float(sklearn.metrics.f1_score(truth, predicted, zero_division=0)),
-        matthews=lambda truth, predicted: float(sklearn.metrics.matthews_corrcoef(truth, predicted)),
-        pearson=partial(correlation, scipy.stats.pearsonr),
-        spearman=partial(correlation, scipy.stats.spearmanr),
-    )
 
 
 # --- Table 5 -------------------------------------------------------------------------------------------------------
@@ -399,17 +359,18 @@ class Row(NamedTuple):
 
 def report(o: Options, tasks: list[Task], rows: list[Row], device: torch.device) -> str:
     recipe = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(o.recipe).items())
-    records = [record for row in rows for found in row.found.values() for record in found]
+    minutes = sum(record["seconds"] for row in rows for found in row.found.values() for record in found) / 60
     lines = [
         "# GLUE, in the layout of the paper's table 5\n",
         f"Full fine-tuning, {o.seeds} seeds, torch {torch.__version__}, {hardware.describe(device)},",
-        f"{datetime.date.today()}, {sum(record['seconds'] for record in records) / 60:.0f} minutes in all.",
+        f"{datetime.date.today()}, {minutes:.0f} minutes for all that the table shows.",
         f"Command: `python -m experiments.glue {' '.join(sys.argv[1:])}`\n",
         f"Recipe: {recipe}.",
         "Scores times 100 on the dev files after the last epoch, mean and standard deviation over seeds; no epoch and",
         "no learning rate was chosen on the dev files. A correlation counts as 0 where one answer is given every time.",
         "The paper's rows are its own figures at its size; it does not say on which files. Avg. is the mean over the",
-        "tasks that were run, as the paper takes it: of the two metrics of MRPC and STS-B only the first counts.\n",
+        "tasks that were run, as the paper takes it: of the two metrics of MRPC and STS-B only the first counts.",
+        "Truncated are texts of train and dev that are longer than block_size.\n",
         *table(tasks, rows),
         "",
         *verdicts(tasks, rows),

@@ -185,7 +185,7 @@ def test_the_real_files(name: str, train: int, dev: int, chance: float) -> None:
 def test_metrics_on_values_worked_out_by_hand() -> None:
     truth, predicted = torch.tensor([1, 1, 1, 0, 0, 1]).numpy(), torch.tensor([1, 1, 0, 0, 1, 1]).numpy()
     tp, tn, fp, fn = 3, 1, 1, 1
-    metrics = glue.metrics()
+    metrics = glue_data.metrics()
     assert metrics["accuracy"](truth, predicted) == pytest.approx(4 / 6)
     assert metrics["f1"](truth, predicted) == pytest.approx(2 * tp / (2 * tp + fp + fn))
     product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
@@ -198,7 +198,7 @@ def test_metrics_on_values_worked_out_by_hand() -> None:
 
 def test_one_answer_every_time_scores_zero_where_it_would_be_undefined() -> None:
     truth, same = torch.tensor([0.0, 1.0, 1.0]).numpy(), torch.tensor([1.0, 1.0, 1.0]).numpy()
-    scores = {name: metric(truth, same) for name, metric in glue.metrics().items()}
+    scores = {name: metric(truth, same) for name, metric in glue_data.metrics().items()}
     assert scores == pytest.approx(dict(accuracy=2 / 3, f1=0.8, matthews=0, pearson=0, spearman=0))
 
 
@@ -233,9 +233,9 @@ def test_neither_padding_nor_the_rest_of_a_batch_changes_a_result(options: dict)
         for order in (torch.arange(24), torch.randperm(24, generator=torch.Generator().manual_seed(size))):
             y = torch.empty(24, 3)
             for batch in order.split(size):
-                y[batch] = classifier(*glue.collate([rows[i] for i in batch.tolist()], CPU))
+                y[batch] = classifier(*glue_data.collate([rows[i] for i in batch.tolist()], CPU))
             torch.testing.assert_close(y, alone, rtol=0, atol=1e-6)
-    idx, last = glue.collate(rows, CPU)
+    idx, last = glue_data.collate(rows, CPU)
     wider = torch.cat([idx, torch.full((24, 7), 99)], dim=1)
     torch.testing.assert_close(classifier(wider, last), alone, rtol=0, atol=1e-6)
     # The control: a head that reads the last column instead sees padding.
@@ -251,25 +251,25 @@ def test_hidden_is_what_the_head_reads() -> None:
 
 
 def test_the_longer_of_two_texts_is_cut() -> None:
-    assert glue.shorten([3, 4], 7) == [3, 4]
-    assert glue.shorten([30, 4], 10) == [6, 4]
-    assert glue.shorten([4, 30], 10) == [4, 6]
-    assert glue.shorten([9, 8], 7) == [3, 4]
+    assert glue_data.shorten([3, 4], 7) == [3, 4]
+    assert glue_data.shorten([30, 4], 10) == [6, 4]
+    assert glue_data.shorten([4, 30], 10) == [4, 6]
+    assert glue_data.shorten([9, 8], 7) == [3, 4]
     examples = [Example(("a" * 30, "bcd"), 0), Example(("a", "b"), 1)]
-    encoded = glue.encode(TASKS["MRPC"], examples, ByteTokenizer(), block_size=12)
+    encoded = glue_data.encode(TASKS["MRPC"], examples, ByteTokenizer(), block_size=12)
     assert [bytes(row.tolist()) for row in encoded.ids] == [b"aaaaaaa\nbcd\n", b"a\nb\n"]
     assert encoded.truncated == 1
     with pytest.raises(UserError, match="block_size leaves room for 1 tokens, wanted 2 or more"):
-        glue.encode(TASKS["MRPC"], examples, ByteTokenizer(), block_size=3)
+        glue_data.encode(TASKS["MRPC"], examples, ByteTokenizer(), block_size=3)
 
 
 def test_batches_hold_each_example_once_and_alike_in_length() -> None:
     lengths = torch.randint(1, 100, (1000,), generator=torch.Generator().manual_seed(1))
-    first = glue.batches(lengths, 16, seed=1, epoch=0)
+    first = glue_data.batches(lengths, 16, seed=1, epoch=0)
     assert torch.equal(torch.cat(first).sort().values, torch.arange(1000))
-    assert all(torch.equal(a, b) for a, b in zip(first, glue.batches(lengths, 16, seed=1, epoch=0), strict=True))
-    assert not torch.equal(torch.cat(first), torch.cat(glue.batches(lengths, 16, seed=1, epoch=1)))
-    assert not torch.equal(torch.cat(first), torch.cat(glue.batches(lengths, 16, seed=2, epoch=0)))
+    assert all(torch.equal(a, b) for a, b in zip(first, glue_data.batches(lengths, 16, seed=1, epoch=0), strict=True))
+    assert not torch.equal(torch.cat(first), torch.cat(glue_data.batches(lengths, 16, seed=1, epoch=1)))
+    assert not torch.equal(torch.cat(first), torch.cat(glue_data.batches(lengths, 16, seed=2, epoch=0)))
     padding = sum(int((lengths[batch].max() - lengths[batch]).sum()) for batch in first)
     assert padding < 0.1 * lengths.sum()
 
@@ -293,11 +293,11 @@ def test_fine_tuning_learns_what_can_be_learned(name: str) -> None:
     examples = [
         Example(text * len(task.text_columns), i % 2 * (1 if task.labels else 4)) for i, text in enumerate(kinds)
     ]
-    encoded = glue.encode(task, examples, ByteTokenizer(), 48)
+    encoded = glue_data.encode(task, examples, ByteTokenizer(), 48)
     recipe = glue.Recipe(epochs=5, batch_size=8, dropout=0.0)
-    scores = glue.fine_tune(model, task, encoded, {"dev": encoded}, recipe, 5e-3, 1, CPU, "test")
+    scores = glue.fine_tune(model, task, encoded, {"dev": encoded}, recipe, 5e-3, 1, "test")
     assert min(scores) > 0.8
-    assert scores == glue.fine_tune(model, task, encoded, {"dev": encoded}, recipe, 5e-3, 1, CPU, "test")
+    assert scores == glue.fine_tune(model, task, encoded, {"dev": encoded}, recipe, 5e-3, 1, "test")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
