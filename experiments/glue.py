@@ -390,7 +390,8 @@ def table(tasks: list[Task], rows: list[Row]) -> list[str]:
         scores = {name: [record["scores"] for record in found] for name, found in row.found.items()}
         lines.append(line(row.name, f"{row.params / 1e6:.1f}M", scores, names))
     for name, scores in PAPER.items():
-        lines.append(line(f"*{name}*", "", {task: [values] for task, values in scores.items()}, names, percent=1))
+        parts = {task: [[None if v is None else v / 100 for v in values]] for task, values in scores.items()}
+        lines.append(line(f"*{name}*", "", parts, names))
     return lines
 
 
@@ -400,24 +401,23 @@ def heading(task: Task) -> str:
     return f"{task.name} {'/'.join(HEADINGS[metric] for metric, _ in task.scores)}"
 
 
-def line(
-    name: str, params: str, scores: dict[str, list[list[float | None]]], averaged: list[str], percent: float = 100
-) -> str:
-    """scores holds a list of values of each seed; percent times a value is what the table shows."""
+def line(name: str, params: str, scores: dict[str, list[list[float | None]]], averaged: list[str]) -> str:
+    """scores holds the values of each seed by task; averaged names the tasks that Avg. is of."""
     cells = []
     for task in glue.TASKS:
         by_metric = zip(*scores[task]) if task in scores else [[None]]
-        cells.append(" / ".join(mean_and_deviation(values, percent) for values in by_metric))
+        cells.append(" / ".join(mean_and_deviation(values) for values in by_metric))
     seeds = len(scores[averaged[0]])
     averages = [average({task: scores[task][seed] for task in averaged}) for seed in range(seeds)]
-    return f"| {name} | {params} | {' | '.join(cells)} | {mean_and_deviation(averages, percent)} |"
+    return f"| {name} | {params} | {' | '.join(cells)} | {mean_and_deviation(averages)} |"
 
 
-def mean_and_deviation(values: list[float | None], percent: float) -> str:
+def mean_and_deviation(values: list[float | None]) -> str:
+    """Times 100; a dash where there is no value."""
     if None in values:
         return "–"
-    spread = f" ± {percent * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{percent * statistics.mean(values):.2f}{spread}"
+    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.2f}{spread}"
 
 
 def average(scores: dict[str, list[float | None]]) -> float:
@@ -427,19 +427,22 @@ def average(scores: dict[str, list[float | None]]) -> float:
 
 
 def verdicts(tasks: list[Task], rows: list[Row]) -> list[str]:
-    """A line per checkpoint and task: whether the mean less one deviation beats the majority class, and the setting."""
+    """Lines of markdown: does each checkpoint beat the majority class by more than chance, and with which setting?"""
     lines = ["| model | task | first metric less one deviation | majority | above | learning rate | truncated |"]
     lines.append("|---" * 7 + "|")
     for row in rows:
         for task in tasks:
             records = row.found[task.name]
-            first = [record["scores"][0] for record in records]
-            low, chance = statistics.mean(first) - (statistics.stdev(first) if len(first) > 1 else 0), records[0]
-            lines.append(
-                f"| {row.name} | {task.name} | {100 * low:.2f} | {100 * chance['majority'][0]:.2f}"
-                f" | {'yes' if low > chance['majority'][0] else 'no'} | {records[0]['of']['learning_rate']:g}"
-                f" | {records[0]['truncated']} of {records[0]['texts']} |"
-            )
+            known = records[0]  # what is the same for all seeds
+            rate, majority = known["of"]["learning_rate"], known["majority"][0]
+            low, above = "–", "one seed"
+            if len(records) > 1:
+                scores = [record["scores"][0] for record in records]
+                least = statistics.mean(scores) - statistics.stdev(scores)
+                low, above = f"{100 * least:.2f}", "yes" if least > majority else "no"
+            truncated = f"{known['truncated']} of {known['texts']}"
+            cells = (row.name, task.name, low, f"{100 * majority:.2f}", above, f"{rate:g}", truncated)
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

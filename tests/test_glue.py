@@ -218,7 +218,11 @@ def texts(n: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(norm_order="post", pos="learned", norm="layernorm", bias=True), dict(rope_dim=8, n_kv_head=1)],
+    [
+        {},
+        dict(norm_order="post", pos="learned", norm="layernorm", bias=True, tie_embeddings=True),
+        dict(rope_dim=8, n_kv_head=1),
+    ],
     ids=["setting 2", "setting 1", "decoupled RoPE"],
 )
 @torch.no_grad()
