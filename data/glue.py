@@ -181,7 +181,8 @@ def metrics() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
 
     def correlation(measure: Callable, truth: np.ndarray, predicted: np.ndarray) -> float:
         """0 where one answer is given every time, as the Matthews correlation has it."""
-        return float(measure(truth, predicted).statistic) if len(set(predicted.tolist())) > 1 else 0.0
+        constant = np.ptp(truth) == 0 or np.ptp(predicted) == 0
+        return 0.0 if constant else float(measure(truth, predicted).statistic)
 
     return dict(
         accuracy=lambda truth, predicted: float(sklearn.metrics.accuracy_score(truth, predicted)),

@@ -427,7 +427,7 @@ def average(scores: dict[str, list[float | None]]) -> float:
 
 
 def verdicts(tasks: list[Task], rows: list[Row]) -> list[str]:
-    """Lines of markdown: does each checkpoint beat the majority class by more than chance, and with which setting?"""
+    """Lines of markdown: does a checkpoint beat the majority class by more than its spread over seeds?"""
     lines = ["| model | task | first metric less one deviation | majority | above | learning rate | truncated |"]
     lines.append("|---" * 7 + "|")
     for row in rows:

@@ -1,6 +1,6 @@
 """GLUE: the files, the metrics, padding, the last token's state, results that are kept.
 
-.venv/bin/pytest tests/test_glue.py        CPU, about 8 s
+.venv/bin/pytest tests/test_glue.py        CPU, about 10 s
 """
 
 import json
@@ -200,6 +200,12 @@ def test_one_answer_every_time_scores_zero_where_it_would_be_undefined() -> None
     truth, same = torch.tensor([0.0, 1.0, 1.0]).numpy(), torch.tensor([1.0, 1.0, 1.0]).numpy()
     scores = {name: metric(truth, same) for name, metric in glue_data.metrics().items()}
     assert scores == pytest.approx(dict(accuracy=2 / 3, f1=0.8, matthews=0, pearson=0, spearman=0))
+
+
+def test_without_the_metrics_library_the_install_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(UserError, match=r"metrics need: pip install 'scikit-learn>=1\.4,<2' 'scipy>=1\.11,<2'"):
+        glue_data.metrics()
 
 
 def test_averages_of_the_paper() -> None:
