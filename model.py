@@ -430,6 +430,17 @@ class GPT(nn.Module):
         With a cache, idx follows what is in it, and is in it afterwards. last=True gives the logits of the last token
         alone, (B, 1, V), for the head costs as much as many layers. Raises ValueError beyond block_size.
         """
+        x = self.hidden(idx, cache, last)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(x)  # (B, T, V)
+        head, y = self.lm_head, targets.flatten()
+        return HeadLoss.apply(x.flatten(0, 1), head.weight, head.bias, y, torch.is_grad_enabled()) / len(y)
+
+    def hidden(self, idx: Tensor, cache: Cache | None = None, last: bool = False) -> Tensor:
+        """What the head reads of token ids (B, T): their last states, normed where the model norms, (B, T, C).
+
+        cache, last and the error are those of forward; with last=True (B, 1, C).
+        """
         new = idx.size(1)
         end = new if cache is None else cache.length + new
         if end > self.config.block_size:
@@ -448,12 +459,7 @@ class GPT(nn.Module):
             cache.length = end
         if last:
             x = x[:, -1:]
-        if self.config.norm_order == "pre":
-            x = self.transformer.norm(x)
-        if targets is None:
-            return self.lm_head(x)  # (B, T, V)
-        head, y = self.lm_head, targets.flatten()
-        return HeadLoss.apply(x.flatten(0, 1), head.weight, head.bias, y, torch.is_grad_enabled()) / len(y)
+        return self.transformer.norm(x) if self.config.norm_order == "pre" else x
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
