@@ -20,7 +20,7 @@ import torch
 import factors
 from config import UserError
 from data.tokenizers import Tokenizer, load_tokenizer
-from model import GPT, Dense, GPTConfig, LowDim, LowRank, rotations
+from model import GPT, Dense, GPTConfig, LowDim, LowRank
 
 
 def save(run: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -129,11 +129,9 @@ def load_model(run: Path, device: torch.device, mapped: bool = False) -> tuple[G
         for complaint in complaints:
             print(f"warning: {complaint}; using {folder.name}")
     try:
-        with torch.device("meta") if mapped else device:
+        with device:
             model = GPT(gpt_config(manifest["options"]["gpt"]), seed=None)
         model.load_state_dict(load_tensors(folder, "model", mapped), assign=mapped)
-        if mapped and model.rotation is not None:  # the one tensor that is not in the file
-            model.rotation = rotations(model.config, device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # options or names that this model does not have
         raise UserError(f"{folder} is of another model or version: {' '.join(str(error).split())[:200]}") from None
     return model.eval(), load_tokenizer(folder, manifest["tokenizer"]), manifest

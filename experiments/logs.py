@@ -2,17 +2,15 @@
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import checkpoint
 from config import UserError
-from model import GPT
 
 # Options that change neither what is learned nor what it costs, so that no run is named by them.
 SILENT = {"out_dir", "resume", "wandb", "stop_step", "log_interval", "save_interval", "eval_interval"}
@@ -30,6 +28,7 @@ class Run:
     options: dict[str, Any]
     """Flat: 'gpt.n_layer', 'gpt.lowdim.q', ..., and the device."""
     flops_per_token: int
+    """Of a training step, which takes three times the forward pass."""
     parameters: int
     steps: list[dict[str, float]]
     evaluations: list[dict[str, float]]
@@ -89,12 +88,11 @@ def as_run(log: Path, records: list[dict[str, Any]]) -> Run:
     starts = [record for record in records if "options" in record]
     if not starts:
         raise UserError(f"{log} does not begin with the options of a run")
-    options = starts[-1]["options"]  # of the last start, where a run was resumed
-    try:
-        with torch.device("meta"):
-            model = GPT(checkpoint.gpt_config(options["gpt"]), seed=None)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{log} is of another model or version: {error}") from None
+    start = starts[-1]  # the last one, where a run was resumed
+    counts = re.search(r"([\d,]+) parameters, .* ([\d,]+) FLOPs a token forward", "".join(start["parameters"][:1]))
+    if not counts:
+        raise UserError(f"{log} does not tell the parameters and FLOPs of its model as model.describe does")
+    parameters, flops = (int(count.replace(",", "")) for count in counts.groups())
     # What was not finite is null in the log.
     steps = [record for record in records if record.get("loss") is not None]
     place = {0: dict(tokens=0, seconds=0.0)} | {record["step"]: record for record in steps}
@@ -103,8 +101,8 @@ def as_run(log: Path, records: list[dict[str, Any]]) -> Run:
         for record in records
         if record.get("val_loss") is not None and record["step"] in place
     ]
-    flat = flatten(options) | dict(device=starts[-1]["device"])
-    return Run(log, flat, 3 * model.flops_per_token(), model.n_params(), steps, evaluations)
+    flat = flatten(start["options"]) | dict(device=start["device"])
+    return Run(log, flat, 3 * flops, parameters, steps, evaluations)
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -137,9 +138,14 @@ def make_curves(o: Options, runs: list[Run]) -> tuple[list[Curve], float]:
     curves = []
     for name, members in group(o, runs).items():
         points = [run.points(o.x, o.y) for run in members]
-        end = min(x[-1] for x, _ in points)
-        x = points[0][0][points[0][0] <= end]
-        ys = np.array([np.interp(x, xs, running_mean(xs, y, width)) for xs, y in points])  # (runs, N)
+        # The seeds' clocks differ, their steps do not: they meet where all have seen as many tokens.
+        tokens = [run.points("tokens", o.y)[0] for run in members]
+        shared = [np.isin(t, reduce(np.intersect1d, tokens)) for t in tokens]
+        if not shared[0].any():
+            paths = " and ".join(str(run.path) for run in members)
+            raise UserError(f"{paths} have no logged step in common, wanted some for their mean; use --each_seed")
+        x = np.mean([xs[at] for (xs, _), at in zip(points, shared)], axis=0)  # (N,)
+        ys = np.array([running_mean(xs, y, width)[at] for (xs, y), at in zip(points, shared)])  # (runs, N)
         name += f", {members[0].parameters / 1e6:.3g}M" if several_models else ""
         name += f" (mean of {len(members)})" if len(members) > 1 else ""
         curves.append(Curve(name, x, ys.mean(0), ys.min(0), ys.max(0)))
@@ -236,7 +242,7 @@ def draw_curves(o: Options, runs: list[Run], axes: "Axes") -> None:
         axes.set_ylim(min(curve.low.min() for curve in curves) - room, seen.max() + room)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" " if o.x == "flops" else ""))
-    shown = EngFormatter(places=1, sep="")(width)
+    shown = EngFormatter(sep="")(float(f"{width:.3g}"))
     unit = {"tokens": " tokens", "flops": " FLOP", "seconds": " s"}[o.x]
     axes.set_ylabel(Y[o.y] + (f"\nmean over {shown}{unit} around each point" if width else ""))
 
@@ -268,7 +274,9 @@ def draw_ranks(o: Options, runs: list[Run], axes: "Axes") -> None:
             print(f"note: {run.path} is not at its last step; what is shown is its last evaluation so far")
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", np.ndarray]:
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, sharey: Literal["none", "row"] = "none"
+) -> tuple["Figure", np.ndarray]:
     """A figure of that size in inches and its axes (rows, columns). Raises UserError without matplotlib."""
     try:
         import matplotlib
@@ -278,7 +286,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
     matplotlib.rcParams["svg.hashsalt"] = "lpa"  # the same picture is the same file
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="0.88")
@@ -288,10 +296,9 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 def add_legend(figure: "Figure", axes: "Axes") -> None:
     """Above the axes, where it hides no curve; the keys are long enough to show the line's style."""
     handles, names = axes.get_legend_handles_labels()
-    columns = 1 if max(map(len, names)) > 30 else 2
-    figure.legend(
-        handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=4
-    )
+    # An inch holds about 14 letters of this size, and a key with its room takes as much as 12.
+    columns = max(1, int(14 * figure.get_figwidth() / (max(map(len, names)) + 12)))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=4)
 
 
 def save(figure: "Figure", out: Path) -> None:
