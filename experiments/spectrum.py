@@ -13,7 +13,7 @@ import datetime
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Options:
     """Of the validation split, for the outputs; they bound an effective rank from above."""
     dataset: str | None = None
     """Text to run on; None = that of the run."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     out: Path = Path("results/spectrum")
 
     def __post_init__(self) -> None:

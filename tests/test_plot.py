@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,13 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
             plot.main(options(*arguments, f"--out={tmp_path}/curves"))
         assert "\n" not in str(error.value)
     plot.main(options(good, other, "--y=bits_per_byte", f"--out={tmp_path}/curves"))
+
+
+def test_without_matplotlib_the_message_names_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_log(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install 'matplotlib"):
+        plot.main(options(run, f"--out={tmp_path}/curves"))
 
 
 def test_watch_waits_draws_again_and_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
