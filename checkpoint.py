@@ -11,14 +11,16 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import factors
 from config import UserError
 from data.tokenizers import Tokenizer, load_tokenizer
-from model import GPT, GPTConfig, LowDim
+from model import GPT, Dense, GPTConfig, LowDim, LowRank
 
 
 def save(run: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -109,12 +111,15 @@ def newest(run: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     return None, {}, complaints
 
 
-def load_tensors(folder: Path, name: str) -> Any:
-    return torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
+def load_tensors(folder: Path, name: str, mapped: bool = False) -> Any:
+    return torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def load_model(run: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """A run folder (its newest whole checkpoint), or one step folder -> model in eval mode, tokenizer, manifest."""
+def load_model(run: Path, device: torch.device, mapped: bool = False) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """A run folder (its newest whole checkpoint), or one step folder -> model in eval mode, tokenizer, manifest.
+
+    mapped, for the CPU: the weights stay in the file until they are read, so the model may be larger than memory.
+    """
     if (run / "manifest.json").exists():
         folder, manifest = run, read_manifest(run)
     else:
@@ -126,10 +131,70 @@ def load_model(run: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict[st
     try:
         with device:
             model = GPT(gpt_config(manifest["options"]["gpt"]), seed=None)
-        model.load_state_dict(load_tensors(folder, "model"))
+        model.load_state_dict(load_tensors(folder, "model", mapped), assign=mapped)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # options or names that this model does not have
         raise UserError(f"{folder} is of another model or version: {' '.join(str(error).split())[:200]}") from None
     return model.eval(), load_tokenizer(folder, manifest["tokenizer"]), manifest
+
+
+# What may differ between a model and the one whose weights it starts from; of the rest, any would change the function.
+FREE_TO_DIFFER = {"lowdim", "factor_init", "dropout", "block_size"}
+
+
+@torch.no_grad()
+def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, float]:
+    """Fill the model with the weights of a run or checkpoint -> the energy kept in each layer that changed its rank.
+
+    Where a matrix is dense there and low-rank here, or of a higher rank there, A and B are its truncated SVD; where it
+    is low-rank there and dense here, the product. `tokenizer` is the spec of this model's corpus. Raises UserError
+    where the other model differs in more than ranks, dropout and, without learned positions, block_size.
+    """
+    source, _, manifest = load_model(run, torch.device("cpu"), mapped=True)
+    free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())
+    options = [{k: v for k, v in asdict(gpt.config).items() if k not in free} for gpt in (source, model)]
+    changed = differences(*options)
+    if manifest["tokenizer"] != tokenizer:
+        changed.append("its tokenizer is not that of the corpus")
+    if changed:
+        raise UserError(f"init_from is {run}, whose weights do not fit. " + "; ".join(changed))
+    theirs, energy = dict(source.named_modules()), {}
+    for name, layer in model.named_modules():
+        same = getattr(layer, "rank", 0) == getattr(theirs[name], "rank", 0)
+        if not same:
+            energy[name] = change_rank(name, layer, theirs[name])
+        for parameter in dict(layer.named_parameters(recurse=False)) if same else ["bias"]:
+            if getattr(layer, parameter) is not None:
+                getattr(layer, parameter).copy_(getattr(theirs[name], parameter))
+    return energy
+
+
+def change_rank(name: str, layer: Dense | LowRank, source: Dense | LowRank) -> float:
+    """Fill a layer's matrix from one of another rank, dense counting as full -> the energy kept."""
+    if not layer.rank:
+        layer.weight.copy_(source.materialise())
+        return 1.0
+    if 0 < source.rank < layer.rank:
+        raise UserError(f"{name} has rank {layer.rank}, wanted at most the {source.rank} of the run it starts from")
+    matrices = [p.to(layer.A.device) for p in ((source.A, source.B) if source.rank else (source.weight,))]
+    svd = factors.product_svd(*matrices) if source.rank else torch.linalg.svd(*matrices, full_matrices=False)
+    A, B, energy = factors.truncate(svd, layer.rank)
+    layer.A.copy_(A)
+    layer.B.copy_(B)
+    return energy
+
+
+def energy_table(energy: dict[str, float]) -> str:
+    """What start_from gives, {'transformer.h.0.attn.q': 0.9, ...}, as a line a layer with a column a sublayer."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, kept in energy.items():
+        layer, _, sublayer = name.removeprefix("transformer.h.").split(".")
+        rows.setdefault(layer, {})[sublayer] = kept
+    if not rows:
+        return "no layer changed its rank: the weights are those of the run they come from"
+    lines = ["energy kept, in the squares of the singular values"]
+    lines.append(f"{'layer':>5}" + "".join(f"{sublayer:>9}" for sublayer in rows["0"]))
+    lines += [f"{layer:>5}" + "".join(f"{kept:9.2%}" for kept in row.values()) for layer, row in rows.items()]
+    return "\n".join(lines)
 
 
 def gpt_config(options: dict[str, Any]) -> GPTConfig:

@@ -1,4 +1,4 @@
-"""How the two factors of a low-rank layer start.
+"""How the two factors of a low-rank layer start: drawn by a law, or from a matrix that was trained.
 
 Shapes: R rank, C_in and C_out the widths of the layer.
 """
@@ -38,3 +38,26 @@ def singular_values(d_in: int, d_out: int, rank: int) -> Tensor:
     mass = mass / mass[-1]
     quantile = 1 - (torch.arange(rank, dtype=torch.float64) + 0.5) / small
     return large**0.5 * x[1:][torch.searchsorted(mass, quantile)]
+
+
+def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of B A (C_out, C_in): U (C_out, R), singular values (R,), V^T (R, C_in), without forming B A.
+
+    With B = Q_b R_b and A^T = Q_a R_a by QR, B A = Q_b (R_b R_a^T) Q_a^T, and the matrix in the middle is only R x R.
+    """
+    q_b, r_b = torch.linalg.qr(B)
+    q_a, r_a = torch.linalg.qr(A.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    return q_b @ u, s, vh @ q_a.T
+
+
+def truncate(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor, float]:
+    """A thin SVD -> A (R, C_in) and B (C_out, R) whose product is the nearest of that rank, and the energy it keeps.
+
+    Each factor takes the root of the singular values, so that both are of one scale. Energy is the sum of squared
+    singular values that stay over that of all (Eckart and Young: 1 - energy is the relative squared error).
+    """
+    u, s, vh = svd
+    root = s[:rank].sqrt()
+    energy = s.double().square()
+    return root[:, None] * vh[:rank], u[:, :rank] * root, (energy[:rank].sum() / energy.sum()).item()

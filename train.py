@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 train.py config/lpa_370m.py                 many GPUs of one machine
     torchrun --nproc_per_node=2 train.py config/lpa_cpu.py --device=cpu     the same on a CPU, over gloo
     python train.py config/lpa_cpu.py --max_steps=2000 --resume             go on where the last checkpoint is
+    python train.py config/lpa_cpu.py --init_from=out/dense_cpu             begin with that model's weights, truncated
 
 A run writes out/RUN/config.json, log.jsonl (a line per logged step and evaluation) and ckpt/ (see checkpoint.py).
 SIGTERM and Ctrl-C save at the next step and exit with code 0.
@@ -68,6 +69,8 @@ def main(c: TrainConfig) -> None:
     if folder is not None:
         state |= {name: manifest[name] for name in ("step", "seconds", "best_val_loss", "wandb_id")}
         restore(folder, model, optimizers, scaler)
+    elif c.init_from is not None:
+        energy = checkpoint.start_from(Path(c.init_from), model, train_data.meta["tokenizer"])
     parallel = compile_and_wrap(model, c, world)
     guard = Guard(world.device)
 
@@ -80,6 +83,13 @@ def main(c: TrainConfig) -> None:
         f" x {world.size} ranks x {micro_steps} micro-steps"
     )
     log.say(f"going on from {folder}" if folder else f"writing to {run}")
+
+    if folder is None and c.init_from is not None:
+        log.say(f"weights of {c.init_from}; {checkpoint.energy_table(energy)}")
+        log.write(dict(step=0, energy_kept=energy))
+        start_loss = evaluate(model, val_data, windows, c, world, stop_signal)
+        log.evaluation(0, start_loss, start_loss * bits_per_byte)
+        log.start_clock(0)
 
     def save() -> None:
         if world.rank == 0:

@@ -82,6 +82,8 @@ class TrainConfig:
 
     # Run
     out_dir: str = "out/run"
+    init_from: str | None = None
+    """Start from the weights of this run; where a matrix is dense there and low-rank here, from its truncated SVD."""
     seed: int = 1
     eval_interval: int = 250
     """Steps between evaluations; 0 = only at the end."""
@@ -108,6 +110,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 0 and below 1")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr is {self.min_lr}, wanted at most learning_rate = {self.learning_rate}")
+        if self.init_from is not None and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
+            raise ValueError(f"init_from is {self.init_from}, wanted another folder than out_dir")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}, wanted above 0 and at most 1")
 
