@@ -118,7 +118,7 @@ def test_two_ranks_say_what_one_says(trained: Path, short: Path) -> None:
 
 def test_disjoint_windows_agree_with_training(trained: Path, corpus: Path) -> None:
     """train.py leaves out the tail; on a split whose windows fit exactly the two are the same number."""
-    model, _, manifest = checkpoint.load_model(trained, torch.device("cpu"))
+    model, _, _ = checkpoint.load_model(trained, torch.device("cpu"))
     whole = data.open_corpus(str(corpus), "val")
     tail = (whole.tokens - 1) % 24
     nats = evaluation.evaluate(model, whole, 24, 8, "float32", CPU)
