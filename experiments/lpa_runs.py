@@ -251,9 +251,19 @@ def train_all(o: Options, runs: list[Run], deadline: float) -> None:
     except KeyboardInterrupt:
         raise UserError("stopped; finished runs stay, the same command goes on") from None
     finally:
+        stop(list(jobs))
+
+
+def stop(jobs: list[subprocess.Popen]) -> None:
+    """Have them save and end; a second Ctrl-C kills them, for none may go on writing when we are gone."""
+    for job in jobs:
+        job.send_signal(signal.SIGTERM)
+    try:
         for job in jobs:
-            job.send_signal(signal.SIGTERM)
+            job.wait()
+    except KeyboardInterrupt:
         for job in jobs:
+            job.kill()
             job.wait()
 
 
