@@ -116,7 +116,7 @@ MODELS = {
         "LPA": Model({}, "319M", 12.89),
         "LPA r=128": Model(low_relu(128), "293M", 13.03),
         "LPA r=64": Model(low_relu(64), "281M", 13.19),
-        "LPA r=32": Model(low_relu(32), "274M", 13.82),
+        "LPA r=32": Model(low_relu(32), "274M", 13.82, "274.6M with the biases, 274.3M without; the paper prints 274M"),
         "LPA K,V": Model(low(256, sublayers="kv"), "344M", 13.29),
         "LPA Q,K,V": Model(low(256, sublayers="qkv"), "331M", 12.94),
         "low FFN": Model(low_relu(ffn=640), "325M", 14.12),
