@@ -1,6 +1,6 @@
 """The paper's tables: what they compare, and runs that are recognised, refused, stopped and continued.
 
-.venv/bin/pytest tests/test_lpa_tables.py        CPU, about 60 s
+.venv/bin/pytest tests/test_lpa_tables.py        CPU, about 70 s
 """
 
 import dataclasses
