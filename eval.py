@@ -1,0 +1,173 @@
+"""Perplexity, nats per token and bits per byte of a checkpoint, over all of a split.
+
+    python eval.py out/lpa_cpu --split=val                                    disjoint windows
+    python eval.py out/lpa_370m --split=test --stride=256 --dtype=bfloat16    more context for every token
+    torchrun --nproc_per_node=8 eval.py out/lpa_370m --split=test --json      the windows shared by all ranks
+
+Windows of block_size tokens begin every `stride` tokens. Each token but the first of the split is a target exactly
+once, in the first window that reaches it; with a stride S below block_size T it sees at least T - S tokens before it.
+Shapes: B batch, T time, V vocabulary; N tokens of the split.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+import checkpoint
+import data
+import hardware
+from config import UserError, parse, user_errors
+from data.tokenizers import Tokenizer
+from hardware import World
+from model import GPT
+
+CHUNK = 1 << 20  # tokens that are decoded at a time
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    run: tyro.conf.Positional[Path]
+    """A run folder, or one of its checkpoints."""
+    dataset: str | None = None
+    """A corpus below data/ or a folder, prepared with the checkpoint's tokenizer; None = what the run trained on."""
+    split: str = "val"
+    stride: int | None = None
+    """Tokens between the starts of two windows; None = block_size, disjoint windows."""
+    batch_size: int = 8
+    """Windows per rank and forward pass."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    json: bool = False
+    """Print one JSON object in place of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, wanted 1 or more")
+
+
+def main(c: EvalConfig) -> None:
+    if not c.run.is_dir():
+        raise UserError(f"no run folder {c.run}; wanted one that train.py wrote, such as out/lpa_cpu")
+    world = hardware.join_world(c.device)
+    model, tokenizer, manifest = checkpoint.load_model(c.run, world.device)
+    corpus = data.open_corpus(c.dataset or manifest["options"]["dataset"], c.split)
+    require_tokenizer(corpus, manifest["tokenizer"])
+    context = model.config.block_size
+    stride = context if c.stride is None else c.stride
+    if stride > context:
+        raise UserError(f"stride is {stride}, wanted at most block_size = {context}: it would skip tokens")
+    nats = evaluate(model, corpus, stride, c.batch_size, c.dtype, world)
+    if world.rank == 0:
+        place = dict(run=str(c.run), step=manifest["step"], dataset=str(corpus.folder), split=c.split)
+        results = place | dict(context=context, stride=stride) | summary(nats, corpus, count_words(corpus, tokenizer))
+        print(json.dumps(results, indent=1) if c.json else table(results))
+    world.leave()
+
+
+def require_tokenizer(corpus: data.Corpus, spec: dict[str, Any]) -> None:
+    """Raises UserError where the corpus was prepared with other token ids than the checkpoint's."""
+    changed = [name for name in spec | corpus.meta["tokenizer"] if spec.get(name) != corpus.meta["tokenizer"].get(name)]
+    if changed:
+        shown = [str(tokenizer.get("name", tokenizer["kind"])) for tokenizer in (corpus.meta["tokenizer"], spec)]
+        raise UserError(
+            f"{corpus.folder} has the tokenizer {shown[0]}, the checkpoint {shown[1]}; they differ in"
+            f" {', '.join(changed)}. Prepare the text with the checkpoint's tokenizer: --tokenizer=CORPUS_OF_THE_RUN"
+        )
+
+
+@torch.no_grad()
+def evaluate(model: GPT, corpus: data.Corpus, stride: int, batch_size: int, dtype: str, world: World) -> float:
+    """Mean loss over the N - 1 targets of the split, in nats per token, summed in float64 over all ranks.
+
+    The model is to be in eval mode. Raises UserError where the split has fewer than two tokens.
+    """
+    if corpus.tokens < 2:
+        raise UserError(f"the {corpus.split} split of {corpus.folder} has {corpus.tokens} tokens, wanted 2 or more")
+    mine = windows(corpus.tokens, model.config.block_size, stride)[world.rank :: world.size]
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(0, len(mine), batch_size):
+        rows = mine[i : i + batch_size]
+        longest = max(end - start for start, _, end in rows)
+        x = torch.zeros(len(rows), longest, dtype=torch.long)  # (B, T); what fills a short row stands after its tokens
+        for row, (start, _, end) in zip(x, rows):
+            row[: end - start] = torch.from_numpy(corpus.window(start, end - start))
+        with hardware.autocast(world.device, dtype):
+            logits = model(x.to(world.device))  # (B, T, V)
+        for row, (start, scored, end) in zip(logits, rows):
+            y = torch.from_numpy(corpus.window(scored, end + 1 - scored)).to(world.device)
+            losses = F.cross_entropy(row[scored - 1 - start : end - start].float(), y, reduction="none")
+            total += losses.cpu().double().sum()
+    # On the CPU, where gloo adds them: not every device has float64.
+    return (world.mean(total) * world.size / (corpus.tokens - 1)).item()
+
+
+def windows(tokens: int, block_size: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, scored, end) of each window: inputs start ... end - 1, targets scored ... end; the last may be shorter.
+
+    The targets of all windows are 1 ... tokens - 1, each once.
+    """
+    found, scored = [], 1
+    for start in range(0, tokens - 1, stride):
+        end = min(start + block_size, tokens - 1)
+        found.append((start, scored, end))
+        scored = end + 1
+        if scored == tokens:
+            break
+    return found
+
+
+def count_words(corpus: data.Corpus, tokenizer: Tokenizer) -> int:
+    """Words of the split as word-level papers count them: what white space separates, and one <eos> a line.
+
+    So the WikiText-2 test split has its published 245,569.
+    """
+    pieces = [tokenizer.decode_bytes(token) for token in range(tokenizer.vocab_size)]
+    if tokenizer.end_of_text is not None:
+        pieces[tokenizer.end_of_text] = b" "  # not a word, but it ends one
+    words, inside = 0, False  # inside: the text so far ends within a word, which the next chunk may continue
+    for start in range(0, corpus.tokens, CHUNK):
+        ids: np.ndarray = corpus.window(start, min(CHUNK, corpus.tokens - start))
+        text = b"".join(map(pieces.__getitem__, ids.tolist()))
+        words += len(text.split()) + text.count(b"\n")
+        if text:
+            words -= inside and not text[:1].isspace()
+            inside = not text[-1:].isspace()
+    return words
+
+
+def summary(nats: float, corpus: data.Corpus, words: int) -> dict[str, Any]:
+    """The mean loss in every unit. The first token of the split, which no window predicts, is charged the mean."""
+    total = nats * corpus.tokens
+    return dict(
+        targets=corpus.tokens - 1,
+        nats_per_token=nats,
+        perplexity=exp(nats),
+        bits_per_byte=total / corpus.bytes / math.log(2),
+        words=words,
+        word_perplexity=exp(total / words) if words else None,
+    )
+
+
+def exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line per figure."""
+    forms = {int: "{:,}", float: "{:,.6f}"}
+    return "\n".join(f"{name:16}{forms.get(type(value), '{}').format(value)}" for name, value in results.items())
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(parse(sys.argv[1:], EvalConfig, __doc__))
