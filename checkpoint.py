@@ -138,7 +138,7 @@ def load_model(run: Path, device: torch.device, mapped: bool = False) -> tuple[G
 
 
 # What may differ between a model and the one whose weights it starts from; of the rest, any would change the function.
-FREE_TO_DIFFER = {"lowdim", "factor_init", "dropout", "block_size"}
+FREE_TO_DIFFER = {"lowdim", "factor_init", "zero_init", "dropout", "block_size"}
 
 
 @torch.no_grad()
