@@ -88,6 +88,8 @@ def main(c: BenchConfig) -> None:
 
         suite.main(Path(c.suite_dir), c.train.device, device)
         return
+    if device.type == "cpu":
+        hardware.keep_freed_memory()  # as train.py does
     dtype = hardware.choose_dtype(c.train.dtype, device)
     c = dataclasses.replace(c, train=dataclasses.replace(c.train, dtype=dtype))
     variants = make_variants(c)

@@ -42,6 +42,8 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
 def main(c: TrainConfig) -> None:
     world = hardware.join_world(c.device)
+    if world.device.type == "cpu":
+        hardware.keep_freed_memory()
     stop_signal = hardware.catch_signals()
     dtype = world.from_rank_0(lambda: hardware.choose_dtype(c.dtype, world.device))
     c = dataclasses.replace(c, dtype=dtype)

@@ -2,8 +2,8 @@
 
 launch    python train.py config/dense_cpu.py
 hardware  2 CPU cores
-time      about a tenth more than lpa_cpu (`python bench.py config/lpa_cpu.py --mode=train`: 0.93)
-loss      not measured at this length; after 800 steps that of lpa_cpu within 0.03 (results/factor_init.md)
+time      see `python bench.py config/lpa_cpu.py --mode=train`
+loss      see results/optimizers.md, after 500 steps
 """
 
 from config.lpa_cpu import *  # noqa: F403

@@ -29,7 +29,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Options:
-    preset: str = "config/lpa_cpu.py"
+    preset: str = "config/setting2_cpu.py"
     dataset: str = "pystdlib"
     steps: int = 800
     seeds: int = 3

@@ -174,11 +174,14 @@ MODELS = {
     },
 }
 
-PRESETS = {"S1 130M": "130m_s1", "S1 370M": "370m_s1", "S2 130M": "130m", "S2 370M": "370m", "3B": "3b", "cpu": "cpu"}
+PRESETS = {"S1 130M": "130m_s1", "S1 370M": "370m_s1", "S2 130M": "130m", "S2 370M": "370m", "3B": "3b", "cpu": "130m"}
 
 # What a setting changes in its preset at every scale but paper.
 SHAPES = {
-    "cpu": dict(n_layer=6, n_head=4, n_embd=64, ffn_dim=176),  # 301,888 parameters outside the embeddings
+    "cpu": dict(
+        n_layer=6, n_head=4, n_embd=64, ffn_dim=176,  # 301,888 parameters outside the embeddings
+        block_size=128, batch_size=16, tokens_per_step=16 * 128, dtype="float32",
+    ),
     "S2 130M": dict(batch_size=160, tokens_per_step=160 * 256),  # half the paper's batch: 63M tokens are few steps
     "S2 370M": dict(batch_size=60, tokens_per_step=60 * 512),
 }
@@ -250,10 +253,9 @@ def paper_cell(setting: str, name: str) -> str:
 def pair(shape: tuple[int, int, int, int], scale: str) -> list[Arm]:
     """A dense model and its LPA twin."""
     n_layer, n_head, n_embd, ffn_dim = shape
-    changes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, ffn_dim=ffn_dim)
-    if scale == "gpu":
-        changes |= SHAPES["S2 370M"]
-    preset = f"config/dense_{'cpu' if scale == 'cpu' else '370m'}.py"
+    shape = {"gpu": SHAPES["S2 370M"], "cpu": SHAPES["cpu"], "paper": {}}[scale]
+    changes = shape | dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, ffn_dim=ffn_dim)
+    preset = f"config/dense_{'130m' if scale == 'cpu' else '370m'}.py"
     setting = f"{n_layer} x {n_embd}"
     twins = [("Transformer", {}), ("LPA", low(n_embd // 4))]
     return [Arm(setting, name, preset, changes | ranks) for name, ranks in twins]

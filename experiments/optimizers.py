@@ -1,6 +1,6 @@
 """Which optimizer, and which rule for the factors A and B, learns a small LPA model fastest? On real text.
 
-    python -m experiments.optimizers --steps=1000 --seeds=2
+    python -m experiments.optimizers --steps=500 --seeds=2
 
 Every arm is the same model on the same batches, at each of its learning rates with seed 1, then at the best of them
 with the other seeds. A finished run is a line of out/optimizers/runs.jsonl, so the command may be stopped and run
@@ -62,9 +62,9 @@ class Options:
     preset: str = "config/lpa_cpu.py"
     dataset: str | None = None
     """A corpus in place of the preset's own."""
-    steps: int = 1000
+    steps: int = 500
     seeds: int = 2
-    adamw_rates: tuple[float, ...] = (8e-4, 1.6e-3)
+    adamw_rates: tuple[float, ...] = (2e-3, 4e-3)
     muon_rates: tuple[float, ...] = (4e-3, 8e-3)
     eval_tokens: int = 200_000
 
@@ -99,7 +99,8 @@ def run(o: Options, name: str, arm: Arm, rate: float, seed: int, done: Path) -> 
 def config(o: Options, arm: Arm, rate: float, seed: int) -> TrainConfig:
     """Constant, then linear to zero over the last half: the schedule that suits short runs of either optimizer."""
     flags = [f"--max_steps={o.steps}", f"--seed={seed}", f"--learning_rate={rate}", f"--optimizer={arm.optimizer}"]
-    flags += ["--schedule=wsd", "--decay_share=0.5", "--min_lr=0", f"--eval_tokens={o.eval_tokens}"]
+    flags += ["--schedule=wsd", "--decay_share=0.5", "--min_lr=0", "--warmup_steps=0", "--weight_decay=0.1"]
+    flags += [f"--eval_tokens={o.eval_tokens}"]
     flags += [f"--lowdim.{name}=0" for name in "qkvo" if not arm.low_rank]
     return load_config([o.preset, *flags, *([f"--dataset={o.dataset}"] if o.dataset else [])])
 
