@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import factors
 from memory import HeadLoss, keep_wide
-from products import linear
+from products import linear, rms_norm
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Norm(nn.Module):
         # In the precision of x: the kernels sum in float32 by themselves, and autocast would keep float32 copies.
         weight = self.weight.to(x.dtype)
         if self.rms:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
+            return rms_norm(x, weight, self.eps)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
@@ -267,7 +267,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """
     cos, sin = rotation[..., None, :]  # each (T, 1, D/2) or (B, T, 1, D/2)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Attention(nn.Module):
@@ -279,7 +279,8 @@ class Attention(nn.Module):
 
     def __init__(self, c: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.rope_dim, self.qk_norm = layer, c.head_dim, c.rope_dim, c.qk_norm
+        self.layer, self.head_dim, self.rope_dim = layer, c.head_dim, c.rope_dim
+        self.qk_norm, self.norm_eps = c.qk_norm, c.norm_eps
         self.q, self.k, self.v, self.o = (projection(c, name) for name in "qkvo")
         if c.rope_dim is not None:
             self.qr = Dense(c.n_embd, c.n_head * c.rope_dim, bias=False)
@@ -298,7 +299,7 @@ class Attention(nn.Module):
         """The second matrix of q, k or v times y (B, T, R), in heads (B, H, T, D), normed and turned if asked."""
         y = getattr(self, name).widen(y).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
         if self.qk_norm and name != "v":
-            y = F.rms_norm(y, y.shape[-1:])
+            y = rms_norm(y, None, self.norm_eps)
         if rotation is not None and name != "v" and self.rope_dim is None:
             y = rotate(y, rotation)
         return y.transpose(1, 2)
@@ -453,7 +454,7 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as every product rounds it anyway
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
-        rotation = self.rotation[:, positions] if self.rotation is not None else None
+        rotation = self.rotation[:, positions].to(x.dtype) if self.rotation is not None else None
         for block in self.transformer.h:
             x = block(x, rotation, cache)
         if cache is not None:

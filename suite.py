@@ -45,7 +45,8 @@ def cpu_rows() -> list[str]:
         for batch_size in (1, 8):
             rows.append(f"{decoding} --pos={pos} --batch_size={batch_size} --against=dense,hf --pairs=3")
     rows.append(f"{STEP} --mode=eval --against=dense,hf --pairs=15")
-    rows.append("config/lpa_cpu.py --vocab_size=256 --mode=train --against=dense,hf --pairs=45")
+    rows.append("config/setting2_cpu.py --vocab_size=256 --mode=train --against=dense,hf --pairs=45")
+    rows.append("config/lpa_cpu.py --vocab_size=256 --mode=train --pairs=45")
     rows += [f"{T1024} --mode=count --recompute={recompute}" for recompute in ("none", "latents")]
     for size in SIZES:  # a dense preset is the dense variant of the row of its twin
         rows.append(f"config/lpa_{size}.py --vocab_size={256 if size == 'cpu' else 32000} --mode=count")

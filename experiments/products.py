@@ -1,11 +1,13 @@
-"""What F.linear and products.linear make of this machine: GFLOP/s of the three float32 products of a layer.
+"""What products.py gains on this machine: GFLOP/s of the three float32 products of a layer, milliseconds of RMSNorm.
 
     python -m experiments.products
 
-y = x W^T forward, then the gradients of x and of W. Writes results/products_DEVICE.md.
+Of a product y = x W^T forward, then the gradients of x and of W; of RMSNorm forward and backward together. F.linear
+and F.rms_norm are what PyTorch does by itself. Writes results/products_DEVICE.md.
 """
 
 import datetime
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,8 +50,25 @@ def main(o: Options) -> None:
         cells = [f"{rate(f, a, b, o.seconds):.0f}" for a, b in of for f in (F.linear, products.linear)]
         lines.append(f"| {shape} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
+    lines += ["\nRMSNorm, forward and backward, milliseconds at 2048 rows:\n"]
+    lines += ["| width, dtype | F.rms_norm | products.rms_norm |", "|---|---|---|"]
+    for width, dtype in itertools.product((192, 1024), (torch.float32, torch.bfloat16)):
+        x, weight = torch.randn(2048, width).to(dtype).requires_grad_(), torch.ones(width, dtype=dtype).requires_grad_()
+        cells = [f"{1e3 * norm_seconds(f, x, weight, o.seconds):.2f}" for f in (torch_rms_norm, products.rms_norm)]
+        lines.append(f"| {width}, {dtype} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
     Path("results").mkdir(exist_ok=True)
     Path(f"results/products_cpu{torch.get_num_threads()}.md").write_text("\n".join(lines) + "\n")
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def norm_seconds(f: Callable[[Tensor, Tensor, float], Tensor], x: Tensor, weight: Tensor, seconds: float) -> float:
+    grad = torch.ones_like(x)
+    run = lambda: torch.autograd.grad(f(x, weight, 1e-6), (x, weight), grad)  # noqa: E731
+    return hardware.fastest(run, torch.device("cpu"), seconds)
 
 
 @torch.no_grad()

@@ -185,8 +185,8 @@ def test_post_norm_model_equals_the_papers_formula(options: dict) -> None:
     for i in range(c.n_layer):
         block = f"transformer.h.{i}"
         q, k, v = (linear(f"{block}.attn.{n}", x).view(3, T, heads, -1).transpose(1, 2) for n in "qkv")
-        if c.qk_norm:  # each to the length sqrt(D)
-            q, k = (q.size(-1) ** 0.5 * y / y.norm(dim=-1, keepdim=True) for y in (q, k))
+        if c.qk_norm:
+            q, k = (y / (y.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() for y in (q, k))
         scores = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(3, T, -1)
         x = x + norm(f"{block}.norm1", linear(f"{block}.attn.o", y))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from products import Linear, linear
+from products import Linear, linear, rms_norm
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -53,3 +53,25 @@ def test_only_the_gradients_that_are_wanted_are_made() -> None:
     assert type(y.grad_fn).__name__ == f"{Linear.__name__}Backward"
     y.sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(0).expand(300, -1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rms_norm_and_its_gradients_equal_the_formula(weighted: bool) -> None:
+    """In float64 to the last digits; in bfloat16, whose sums are float32, to its rounding."""
+
+
+    def formula(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        return normed if weight is None else normed * weight
+
+    x, weight = 3 * draw(2, 7, 48), draw(48)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        results = []
+        for f, precision in ((rms_norm, dtype), (formula, torch.float64)):
+            leaves = [t.to(dtype).to(precision, copy=True).requires_grad_() for t in (x, weight)]
+            y = f(leaves[0], leaves[1] if weighted else None, 1e-3)
+            grad = draw(*x.shape).flip(-1).to(dtype).to(y.dtype)
+            results.append([y, *torch.autograd.grad(y, leaves[: 1 + weighted], grad)])
+        for ours, exact in zip(*results):
+            assert ours.dtype == dtype
+            assert (ours.double() - exact).norm() <= tolerance * exact.norm()

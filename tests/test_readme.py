@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, run
 
 import bench
+import eval as evaluation
 import sample
 from config import TrainConfig, load_config, parse
 
@@ -44,8 +45,9 @@ def test_the_command_exists_and_its_options_parse(command: str) -> None:
         return
     script, *arguments = arguments
     assert (ROOT / script).exists()
-    if script == "sample.py":
-        parse(arguments, sample.SampleConfig)
+    plain = {"sample.py": sample.SampleConfig, "eval.py": evaluation.EvalConfig}
+    if script in plain:
+        parse(arguments, plain[script])
     else:
         load_config(arguments, {"train.py": TrainConfig, "bench.py": bench.BenchConfig}[script])
 
