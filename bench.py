@@ -195,8 +195,8 @@ def measure(c: BenchConfig, variants: dict[str, TrainConfig], results: dict[str,
         hardware.reset_peak_memory(device)
         others = hardware.peak_memory(device)  # what the variants before hold: weights, moments, a cache
         works[name] = make_work(c, name, variant, device)
-        works[name].run()  # compiles
-        works[name].run()
+        for _ in range(1 if c.mode == "decode" else 3):  # compiles, and warms up: decoding does so at its first token
+            works[name].run()
         results[name]["peak_memory_bytes"] = None if others is None else hardware.peak_memory(device) - others
     times = alternate({name: work.run for name, work in works.items()}, c.pairs, device)
     for name, work in works.items():
@@ -218,16 +218,15 @@ def measure(c: BenchConfig, variants: dict[str, TrainConfig], results: dict[str,
 
 
 def alternate(runs: dict[str, Callable[[], None]], pairs: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each run, taken in turns; a round before the first warms up."""
+    """Milliseconds of each run, taken in turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(1 + pairs):
+    for _ in range(pairs):
         for name, run in runs.items():
             hardware.synchronize(device)
             start = time.perf_counter()
             run()
             hardware.synchronize(device)
-            if i >= 1:
-                times[name].append(1000 * (time.perf_counter() - start))
+            times[name].append(1000 * (time.perf_counter() - start))
     return times
 
 

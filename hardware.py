@@ -116,7 +116,7 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed. It would give large blocks back and fetch them anew in each step, page by page:
-    2,600 page faults a step of lpa_cpu, and up to a tenth of its time (results/step_cpu.md)."""
+    a new tensor of 64 MiB is then filled several times faster (`python -m experiments.products`)."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)

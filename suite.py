@@ -41,9 +41,9 @@ def cpu_rows() -> list[str]:
         f"{STEP} --mode=train --against=plain --pairs=15 --recompute=latents",
     ]
     decoding = f"{LPA_130M} --block_size=2048 --dtype=float32 --mode=decode --context=1024 --decode_tokens=256"
-    for pos in ("rope", "none"):
-        for batch_size in (1, 8):
-            rows.append(f"{decoding} --pos={pos} --batch_size={batch_size} --against=dense,hf --pairs=3")
+    for batch_size, pairs in ((1, 3), (8, 1)):
+        for pos in ("rope", "none"):
+            rows.append(f"{decoding} --pos={pos} --batch_size={batch_size} --against=dense,hf --pairs={pairs}")
     rows.append(f"{STEP} --mode=eval --against=dense,hf --pairs=15")
     rows.append("config/setting2_cpu.py --vocab_size=256 --mode=train --against=dense,hf --pairs=45")
     rows.append("config/lpa_cpu.py --vocab_size=256 --mode=train --pairs=45")

@@ -1,4 +1,4 @@
-"""LPA on a laptop: 1.6M parameters learn the source code of Python's standard library, byte by byte.
+"""LPA on a laptop: 1.2M parameters learn the source code of Python's standard library, byte by byte.
 
 launch    python train.py config/lpa_cpu.py
 hardware  2 CPU cores
@@ -9,7 +9,7 @@ loss      LOSS nats a byte, BPB bits per byte on the whole val split, with Pytho
 out_dir = "out/lpa_cpu"
 dataset = "pystdlib"  # prepares itself, without a network
 
-n_layer = 4
+n_layer = 3
 n_head = 3
 n_embd = 192
 ffn_dim = 768
@@ -24,9 +24,10 @@ zero_init = True
 
 batch_size = 8
 tokens_per_step = 8 * block_size  # 2,048
-max_steps = 2600  # 5.3M tokens
+max_steps = 3600  # 7.4M tokens
 optimizer = "muon"
-learning_rate = 6e-3
+learning_rate = 2.5e-3
+weight_decay = 0.1
 schedule = "wsd"
 decay_share = 1.0  # linear from the first step
 dtype = "auto"  # bfloat16 where the CPU has units for it: half the time
