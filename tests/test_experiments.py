@@ -26,12 +26,12 @@ def test_a_run_reaches_its_target_at_the_first_evaluation_below_it(tmp_path: Pat
     steps = [dict(step=s, loss=3.0, seconds=2.5 * s) for s in (10, 20, 30)]
     losses = [dict(step=s, val_loss=x, val_bits_per_byte=x) for s, x in ((10, 2.1), (20, 1.9), (30, 1.8))]
     run = log(tmp_path, *(record for pair in zip(steps, losses) for record in pair))
-    assert time_to_loss.reached(run, 1.9) == time_to_loss.Finish(50.0, 20, 1.9)
-    assert time_to_loss.reached(run, 1.7) == time_to_loss.Finish(None, None, 1.8)
+    assert time_to_loss.reached(run, 1.9) == time_to_loss.Finish(50.0, 20, 1.9, 50.0)
+    assert time_to_loss.reached(run, 1.7) == time_to_loss.Finish(None, None, 1.8, 75.0)
 
 
 def test_the_median_counts_a_run_that_never_arrives_as_the_slowest() -> None:
-    never, fast, slow = (time_to_loss.Finish(seconds, 1, 1.0) for seconds in (None, 2.0, 3.0))
+    never, fast, slow = (time_to_loss.Finish(seconds, 1, 1.0, 9.0) for seconds in (None, 2.0, 3.0))
     assert time_to_loss.median([never, slow, fast]) == 3.0
     assert time_to_loss.median([never, never, fast]) is None
 
@@ -51,7 +51,7 @@ def test_a_preset_is_timed_once_for_its_options_and_tokens(
     assert len(written) == 2
     time_to_loss.main(o)
     assert written == {run: (run / "log.jsonl").stat().st_mtime_ns for run in written}
-    assert "| never | never, never | –, – |" in next((tmp_path / "results").iterdir()).read_text()
+    assert "| not reached | not in " in next((tmp_path / "results").iterdir()).read_text()
     assert {time_to_loss.reached(run, 99.0).steps for run in written} == {2}
     preset.write_text(preset.read_text() + "n_layer = 2\n")
     assert time_to_loss.train_once(o, str(preset), 1) not in written
