@@ -10,6 +10,6 @@ from config.speedrun_shakespeare import *  # noqa: F403
 
 out_dir = "out/speedrun_shakespeare_lpa"
 lowdim = dict(q=32, k=32, v=32, o=32)
-max_steps = 280
+max_steps = 300
 learning_rate = 8e-3
 save_interval = max_steps
