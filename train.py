@@ -223,7 +223,11 @@ def evaluate(
 def micro_batches(
     corpus: data.Corpus, c: TrainConfig, step: int, n: int, world: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's n batches of a step, on the device."""
+    """This rank's n batches of a step, on the device.
+
+    No thread reads them ahead: a batch of lpa_cpu takes under 1 % of its step (python -m timeit -s "import data; c =
+    data.open_corpus('pystdlib', 'train')" "data.batch(c, 256, 8, 1, 0)"), and a GPU's host runs ahead of its device.
+    """
     for micro_step in range(n):
         place = (c.seed, step, micro_step, n, world.rank, world.size)
         batch = data.batch(corpus, c.gpt.block_size, c.batch_size, *place)

@@ -2,8 +2,8 @@
 
 launch    python -m experiments.time_to_loss --target=1.90 --presets config/speedrun_shakespeare.py
 hardware  2 CPU cores
-time      see results/time_to_loss_shakespeare_char.md
-loss      see there
+time      7.1 s of training, the median of three seeds
+loss      1.90 after 220 or 240 steps (results/time_to_loss_shakespeare_char.md)
 """
 
 from config.nanogpt_shakespeare import *  # noqa: F403

@@ -2,8 +2,8 @@
 
 launch    python -m experiments.time_to_loss --target=1.90 --presets config/speedrun_shakespeare_lpa.py
 hardware  2 CPU cores
-time      see results/time_to_loss_shakespeare_char.md
-loss      see there
+time      9.6 s of training, the median of three seeds
+loss      1.90 after 280 steps (results/time_to_loss_shakespeare_char.md)
 """
 
 from config.speedrun_shakespeare import *  # noqa: F403
