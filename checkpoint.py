@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import factors
+import structured
 from config import UserError
 from data.tokenizers import Tokenizer, load_tokenizer
 from model import GPT, Dense, GPTConfig, LowDim, LowRank
@@ -132,7 +133,7 @@ def load_model(run: Path, device: torch.device, mapped: bool = False) -> tuple[G
     try:
         with device:
             model = GPT(gpt_config(manifest["options"]["gpt"]), seed=None)
-        model.load_state_dict(load_tensors(folder, "model", mapped), assign=mapped)
+        model.load_state_dict(structured.without_guides(load_tensors(folder, "model", mapped)), assign=mapped)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # options or names that this model does not have
         raise UserError(f"{folder} is of another model or version: {' '.join(str(error).split())[:200]}") from None
     return model.eval(), load_tokenizer(folder, manifest["tokenizer"]), manifest
@@ -147,8 +148,8 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, fl
     """Fill the model with the weights of a run or checkpoint -> the energy kept in each layer that changed its rank.
 
     Where a matrix is dense there and low-rank here, or of a higher rank there, A and B are its truncated SVD; where
-    it is factored there and dense here, the product. `tokenizer` is the spec of this model's corpus. Raises UserError where
-    the other model differs in more than structure, dropout and, without learned positions, block_size.
+    it is factored there and dense here, the product. `tokenizer` is the spec of this model's corpus. Raises UserError
+    where the other model differs in more than structure, dropout and, without learned positions, block_size.
     """
     source, _, manifest = load_model(run, torch.device("cpu"), mapped=True)
     free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())

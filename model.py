@@ -529,9 +529,10 @@ class GPT(nn.Module):
                 module.bias.zero_()
 
     def n_params(self, embeddings: bool = True) -> int:
-        """Parameters, shared ones once; embeddings=False leaves out wte, wpe and lm_head."""
+        """Parameters, shared ones once, guides not; embeddings=False leaves out wte, wpe and lm_head."""
         outside = () if embeddings else ("transformer.wte.", "transformer.wpe.", "lm_head.")
-        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(outside))
+        named = [(name, p) for name, p in self.named_parameters() if not name.endswith(".guide")]
+        return sum(p.numel() for name, p in named if not name.startswith(outside))
 
     def flops_per_token(self, context: int | None = None) -> int:
         """Matmul and causal attention FLOPs of a forward pass, 2 a multiply-add, at a context of block_size tokens.
@@ -541,7 +542,8 @@ class GPT(nn.Module):
         not. Training takes three times as much.
         """
         c = self.config
-        matrices = sum(matrix_numbers(m) for m in self.modules() if hasattr(m, "widen"))
+        kinds = [m for m in self.modules() if hasattr(m, "widen") and not hasattr(m, "guide")]
+        matrices = sum(matrix_numbers(m) for m in kinds)
         widths = 2 * c.heads_dim + c.n_head * (c.rope_dim or 0)  # of all heads' keys and values
         return 2 * matrices + c.n_layer * (context or c.block_size) * widths
 
@@ -551,7 +553,7 @@ class GPT(nn.Module):
 
 def matrix_numbers(layer: nn.Module) -> int:
     """Numbers in the matrices of a projection of any kind: its multiplications a token, too."""
-    return sum(p.numel() for name, p in layer.named_parameters(recurse=False) if name != "bias")
+    return sum(p.numel() for name, p in layer.named_parameters() if not name.endswith(("bias", "guide")))
 
 
 def describe(model: GPT) -> str:
