@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import factors
+import structured
 from config import UserError
 from data.tokenizers import Tokenizer, load_tokenizer
 from model import GPT, Dense, GPTConfig, LowDim, LowRank
@@ -131,23 +133,23 @@ def load_model(run: Path, device: torch.device, mapped: bool = False) -> tuple[G
     try:
         with device:
             model = GPT(gpt_config(manifest["options"]["gpt"]), seed=None)
-        model.load_state_dict(load_tensors(folder, "model", mapped), assign=mapped)
+        model.load_state_dict(structured.without_guides(load_tensors(folder, "model", mapped)), assign=mapped)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # options or names that this model does not have
         raise UserError(f"{folder} is of another model or version: {' '.join(str(error).split())[:200]}") from None
     return model.eval(), load_tokenizer(folder, manifest["tokenizer"]), manifest
 
 
 # What may differ between a model and the one whose weights it starts from; of the rest, any would change the function.
-FREE_TO_DIFFER = {"lowdim", "factor_init", "zero_init", "dropout", "block_size"}
+FREE_TO_DIFFER = {"lowdim", "first_ffn_dense", "factor_init", "zero_init", "dropout", "block_size"}
 
 
 @torch.no_grad()
 def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, float]:
     """Fill the model with the weights of a run or checkpoint -> the energy kept in each layer that changed its rank.
 
-    Where a matrix is dense there and low-rank here, or of a higher rank there, A and B are its truncated SVD; where it
-    is low-rank there and dense here, the product. `tokenizer` is the spec of this model's corpus. Raises UserError
-    where the other model differs in more than ranks, dropout and, without learned positions, block_size.
+    Where a matrix is dense there and low-rank here, or of a higher rank there, A and B are its truncated SVD; where
+    it is factored there and dense here, the product. `tokenizer` is the spec of this model's corpus. Raises UserError
+    where the other model differs in more than structure, dropout and, without learned positions, block_size.
     """
     source, _, manifest = load_model(run, torch.device("cpu"), mapped=True)
     free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())
@@ -159,7 +161,7 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, fl
         raise UserError(f"init_from is {run}, whose weights do not fit. " + "; ".join(changed))
     theirs, energy = dict(source.named_modules()), {}
     for name, layer in model.named_modules():
-        same = getattr(layer, "rank", 0) == getattr(theirs[name], "rank", 0)
+        same = [p.shape for p in layer.parameters(False)] == [p.shape for p in theirs[name].parameters(False)]
         if not same:
             energy[name] = change_rank(name, layer, theirs[name])
         for parameter in dict(layer.named_parameters(recurse=False)) if same else ["bias"]:
@@ -168,15 +170,20 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, fl
     return energy
 
 
-def change_rank(name: str, layer: Dense | LowRank, source: Dense | LowRank) -> float:
-    """Fill a layer's matrix from one of another rank, dense counting as full -> the energy kept."""
-    if not layer.rank:
+def change_rank(name: str, layer: nn.Module, source: nn.Module) -> float:
+    """Fill a layer's matrix from one of another rank or structure, dense counting as full -> the energy kept."""
+    if isinstance(layer, Dense):
         layer.weight.copy_(source.materialise())
         return 1.0
+    if not isinstance(layer, LowRank):
+        raise UserError(f"{name} has blocks and other widths than in the run it starts from; wanted a rank, or 0")
     if 0 < source.rank < layer.rank:
         raise UserError(f"{name} has rank {layer.rank}, wanted at most the {source.rank} of the run it starts from")
-    matrices = [p.to(layer.A.device) for p in ((source.A, source.B) if source.rank else (source.weight,))]
-    svd = factors.product_svd(*matrices) if source.rank else torch.linalg.svd(*matrices, full_matrices=False)
+    if isinstance(source, LowRank):
+        svd = factors.product_svd(source.A.to(layer.A.device), source.B.to(layer.A.device))
+    else:
+        matrix = source.weight if isinstance(source, Dense) else source.materialise()
+        svd = torch.linalg.svd(matrix.to(layer.A.device), full_matrices=False)
     A, B, energy = factors.truncate(svd, layer.rank)
     layer.A.copy_(A)
     layer.B.copy_(B)
@@ -192,8 +199,10 @@ def energy_table(energy: dict[str, float]) -> str:
     if not rows:
         return "no layer changed its rank: the weights are those of the run they come from"
     lines = ["energy kept, in the squares of the singular values"]
-    lines.append(f"{'layer':>5}" + "".join(f"{sublayer:>9}" for sublayer in rows["0"]))
-    lines += [f"{layer:>5}" + "".join(f"{kept:9.2%}" for kept in row.values()) for layer, row in rows.items()]
+    sublayers = list(dict.fromkeys(sublayer for row in rows.values() for sublayer in row))
+    lines.append(f"{'layer':>5}" + "".join(f"{sublayer:>9}" for sublayer in sublayers))
+    for layer, row in rows.items():
+        lines.append(f"{layer:>5}" + "".join(f"{row[s]:9.2%}" if s in row else f"{'':9}" for s in sublayers))
     return "\n".join(lines)
 
 

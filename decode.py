@@ -1,6 +1,7 @@
 """Decoding: the key-value cache, attention to it, and the loop that draws one token after the other.
 
-Where k or v is low-rank, y = B c with c = A x, the cache holds the latents c alone, and B is never applied to them:
+Where k or v is low-rank or block-dense, y = B c with c = A x, the cache holds the latents c alone, and B is never
+applied to them:
 
     scores  q_h . (B_k,h c_t + b_k,h) = (B_k,h^T q_h) . c_t + a constant of the query, which softmax ignores
     values  sum_t p_t (B_v,h c_t + b_v,h) = B_v,h (sum_t p_t c_t) + b_v,h, as the p_t sum to 1
@@ -16,24 +17,34 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import GPT, Attention, GPTConfig, LowRank, attend
+from model import GPT, Attention, GPTConfig, attend
 
 
 def cached_widths(c: GPTConfig) -> dict[str, tuple[int, int]]:
     """What a layer keeps of each token: how many heads of k, v and kr, and how wide. Latents are one head."""
     heads = (c.kv_heads, c.head_dim)
-    widths = {"k": (1, c.lowdim.k) if latent_keys(c) else heads}
-    widths["v"] = (1, c.lowdim.v) if c.lowdim.v else heads
+    widths = {"k": (1, latent(c, "k")) if latent_keys(c) else heads}
+    widths["v"] = (1, latent(c, "v")) if latent(c, "v") else heads
     if c.rope_dim is not None:
         widths["kr"] = (1, c.rope_dim)
     return widths
 
 
+def latent(c: GPTConfig, name: str) -> int:
+    """Width of the latent of k or v, which one matrix widens; 0 where there is none."""
+    rank = getattr(c.lowdim, name)
+    if isinstance(rank, int):
+        return rank
+    import structured
+
+    return structured.parse(rank, *c.sublayers[name])[0]
+
+
 def latent_keys(c: GPTConfig) -> bool:
     """Whether scores can be had from the latents of k: not where a norm or a rotation stands between them."""
-    return c.lowdim.k > 0 and not c.qk_norm and (c.pos != "rope" or c.rope_dim is not None)
+    return latent(c, "k") > 0 and not c.qk_norm and (c.pos != "rope" or c.rope_dim is not None)
 
 
 def cache_numbers_per_token(c: GPTConfig) -> int:
@@ -53,7 +64,7 @@ class KVCache:
             name: torch.empty(c.n_layer, batch_size, heads, c.block_size, width, device=device, dtype=dtype)
             for name, (heads, width) in cached_widths(c).items()
         }
-        self.latent_k, self.latent_v = latent_keys(c), c.lowdim.v > 0
+        self.latent_k, self.latent_v = latent_keys(c), latent(c, "v") > 0
         self.device = device
         self.length = 0
         self.padding: Tensor | None = None
@@ -109,8 +120,8 @@ def attend_to_cache(
     q: Tensor,
     qr: Tensor | None,
     held: dict[str, Tensor],
-    k_layer: LowRank | None,
-    v_layer: LowRank | None,
+    k_layer: nn.Module | None,
+    v_layer: nn.Module | None,
     mask: Tensor | None,
 ) -> Tensor:
     """Attention of few queries q (B, H, T, D), qr (B, H, T, R) to all tokens: (B, T, H D).

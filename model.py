@@ -4,12 +4,13 @@ LPA writes each attention projection as two thin matrices with nothing between t
 
     y = B (A x) + bias        A: (R, C_in)   B: (C_out, R)   R < C_in C_out / (C_in + C_out),
 
-and leaves the feed-forward dense. `lowdim` gives every sublayer a rank of its own; rank 0 is a dense matrix.
+and leaves the feed-forward dense. `lowdim` gives every sublayer a rank of its own, 0 for a dense matrix, or one of the
+structures of structured.py.
 
 Shapes: B batch, T time, C n_embd, H heads, G key and value heads, D head width, F ffn_dim, R rank, V vocabulary.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -26,15 +27,15 @@ from products import linear, rms_norm
 
 @dataclass(frozen=True)
 class LowDim:
-    """A rank per sublayer; 0 = a dense matrix."""
+    """A rank per sublayer; 0 = a dense matrix; or 'blockdense:R:B' or 'blockshuffle:B', of B blocks."""
 
-    q: int = 0
-    k: int = 0
-    v: int = 0
-    o: int = 0
-    gate: int = 0
-    up: int = 0
-    down: int = 0
+    q: int | str = 0
+    k: int | str = 0
+    v: int | str = 0
+    o: int | str = 0
+    gate: int | str = 0
+    up: int | str = 0
+    down: int | str = 0
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ class GPTConfig:
     ffn_dim: int | None = None
     """None = 4 n_embd, or for swiglu 8/3 n_embd rounded up to a multiple of 16."""
     lowdim: LowDim = field(default_factory=LowDim)
+    first_ffn_dense: bool = False
+    """Leave gate, up and down of the first block dense, whatever lowdim says (arXiv 2406.16450)."""
     factor_init: Literal["spectral", "matched", "torch"] = "spectral"
-    """Law of the factors at the start; see GPT.init_weights."""
+    """Law of the factors of rank r at the start; see GPT.init_weights."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: float = 1e-6
     norm_order: Literal["pre", "post"] = "pre"
@@ -102,7 +105,14 @@ class GPTConfig:
         for name, rank in asdict(self.lowdim).items():
             if rank and name not in self.sublayers:
                 raise ValueError(f"lowdim.{name} is {rank}, but mlp = '{self.mlp}' has no {name}")
-            if rank and not 0 < rank <= min(self.sublayers[name]):
+            if isinstance(rank, str):
+                import structured
+
+                try:
+                    structured.parse(rank, *self.sublayers[name])
+                except ValueError as error:
+                    raise ValueError(f"lowdim.{name} is {error}") from None
+            elif rank and not 0 < rank <= min(self.sublayers[name]):
                 wanted = f"0 (dense) to {min(self.sublayers[name])}, its narrower side"
                 raise ValueError(f"lowdim.{name} is {rank}, wanted a rank from {wanted}")
 
@@ -174,8 +184,11 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def narrow(self, x: Tensor) -> Tensor:
+        return self(x)
+
     def widen(self, y: Tensor) -> Tensor:
-        """From project's result to the layer's: nothing is left to do."""
+        """From narrow's result to the layer's: nothing is left to do."""
         return y
 
 
@@ -193,7 +206,11 @@ class LowRank(nn.Module):
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.widen(linear(x, self.A))
+        return self.widen(self.narrow(x))
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """From (..., C_in) to the latent (..., R)."""
+        return linear(x, self.A)
 
     def widen(self, y: Tensor) -> Tensor:
         """From the latent (..., R) to (..., C_out)."""
@@ -207,20 +224,24 @@ class LowRank(nn.Module):
 def projection(c: GPTConfig, sublayer: str) -> nn.Module:
     d_in, d_out = c.sublayers[sublayer]
     rank = getattr(c.lowdim, sublayer)
+    if isinstance(rank, str):
+        import structured
+
+        return structured.make(rank, d_in, d_out, c.bias)
     return LowRank(d_in, d_out, rank, c.bias) if rank else Dense(d_in, d_out, c.bias)
 
 
 def project(x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor]:
     """The first matrix of each layer times x (B, T, C), which they share: [(B, T, R), or (B, T, d_out) where dense].
 
-    On a GPU they are one product, unless the tokens are few. On a CPU joining the weights costs more than it gains: a
-    training step at C 1024 and 1024 tokens took 0.91 (rank 256) and 0.96 (dense) of its time without, 6 pairs each.
+    On a GPU they are one product, unless the tokens are few or a layer has blocks. On a CPU joining the
+    weights costs more than it gains: a training step at C 1024 and 1024 tokens took 0.91 (rank 256) and 0.96 (dense)
+    of its time without, 6 pairs each.
     """
-    weights = [layer.A if layer.rank else layer.weight for layer in layers]
-    biases = [None if layer.rank else layer.bias for layer in layers]
-    if x.is_cuda and x.numel() // x.size(-1) > 32:
-        return joined(x, weights, biases)
-    return [linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+    if x.is_cuda and x.numel() // x.size(-1) > 32 and all(isinstance(layer, Dense | LowRank) for layer in layers):
+        weights = [layer.A if layer.rank else layer.weight for layer in layers]
+        return joined(x, weights, [None if layer.rank else layer.bias for layer in layers])
+    return [layer.narrow(x) for layer in layers]
 
 
 def joined(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
@@ -362,6 +383,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: GPTConfig, layer: int) -> None:
         super().__init__()
+        if c.first_ffn_dense and layer == 0:
+            c = replace(c, lowdim=replace(c.lowdim, gate=0, up=0, down=0))
         self.pre = c.norm_order == "pre"
         self.norm1, self.norm2 = Norm(c), Norm(c)
         self.attn = Attention(c, layer)
@@ -479,6 +502,7 @@ class GPT(nn.Module):
         | A, B, 'matched'        | N(0, sqrt(s / sqrt(R))) each: the elements of B A have the variance of a dense draw |
         | A, B, 'torch'          | U(-a, a), a = 1 / sqrt(width in): PyTorch's default, as the paper's authors used; |
         |                        | B times s / 0.02                                                                 |
+        | A, B of blocks         | each block, and a B without blocks, orthogonal (arXiv 2406.16450); B times s / 0.02 |
         | o, down, an untied     | with zero_init, in place of the above: 0; of a factored one B is 0 and A as above |
         | lm_head                |                                                                                  |
         | bias                   | 0                                                                                |
@@ -493,19 +517,24 @@ class GPT(nn.Module):
                 module.weight.normal_(0, s, generator=generator)
             elif isinstance(module, LowRank):
                 factors.fill(module.A, module.B, c.factor_init, s, std, generator)
+            elif hasattr(module, "blocks"):
+                import structured
+
+                structured.fill(module.A, module.B, s / std, generator)
             elif isinstance(module, Norm):
                 module.weight.fill_(1)
             elif next(module.parameters(recurse=False), None) is not None:
                 raise ValueError(f"no rule to initialise {name}, a {type(module).__name__}")
             if c.zero_init and (name.endswith((".o", ".down")) or (module is self.lm_head and not c.tie_embeddings)):
-                (module.B if isinstance(module, LowRank) else module.weight).zero_()
+                (module.weight if isinstance(module, Dense) else module.B).zero_()
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
 
     def n_params(self, embeddings: bool = True) -> int:
-        """Parameters, shared ones once; embeddings=False leaves out wte, wpe and lm_head."""
-        outside = [] if embeddings else ["transformer.wte.", "transformer.wpe.", "lm_head."]
-        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(tuple(outside)))
+        """Parameters, shared ones once, guides not; embeddings=False leaves out wte, wpe and lm_head."""
+        outside = () if embeddings else ("transformer.wte.", "transformer.wpe.", "lm_head.")
+        named = [(name, p) for name, p in self.named_parameters() if not name.endswith(".guide")]
+        return sum(p.numel() for name, p in named if not name.startswith(outside))
 
     def flops_per_token(self, context: int | None = None) -> int:
         """Matmul and causal attention FLOPs of a forward pass, 2 a multiply-add, at a context of block_size tokens.
@@ -515,13 +544,18 @@ class GPT(nn.Module):
         not. Training takes three times as much.
         """
         c = self.config
-        matrices = sum(p.numel() for m in self.modules() if isinstance(m, Dense | LowRank) for p in m.parameters())
-        biases = sum(m.bias.numel() for m in self.modules() if isinstance(m, Dense | LowRank) and m.bias is not None)
+        kinds = [m for m in self.modules() if hasattr(m, "widen") and not hasattr(m, "guide")]
+        matrices = sum(matrix_numbers(m) for m in kinds)
         widths = 2 * c.heads_dim + c.n_head * (c.rope_dim or 0)  # of all heads' keys and values
-        return 2 * (matrices - biases) + c.n_layer * (context or c.block_size) * widths
+        return 2 * matrices + c.n_layer * (context or c.block_size) * widths
 
     def __repr__(self) -> str:
         return describe(self)
+
+
+def matrix_numbers(layer: nn.Module) -> int:
+    """Numbers in the matrices of a projection of any kind: its multiplications a token, too."""
+    return sum(p.numel() for name, p in layer.named_parameters() if not name.endswith(("bias", "guide")))
 
 
 def describe(model: GPT) -> str:
@@ -529,17 +563,23 @@ def describe(model: GPT) -> str:
     c = model.config
     title = f"GPT: {c.n_layer} layers, {model.n_params():,} parameters, {model.n_params(embeddings=False):,} of them"
     lines = [f"{title} in the blocks, {model.flops_per_token():,} FLOPs a token forward at T = {c.block_size}"]
-    lines.append(f"{'sublayer':10}{'in':>7}{'out':>8}{'rank':>8}{'parameters':>15}{'of dense':>10}{'FLOPs/token':>15}")
+    n = max(8, *(2 + len(str(rank)) for rank in asdict(c.lowdim).values()))  # width of the column of ranks
+    numbers = f"{'parameters':>15}{'of dense':>10}{'FLOPs/token':>15}"
+    lines.append(f"{'sublayer':10}{'in':>7}{'out':>8}{'rank':>{n}}{numbers}")
     warnings = []
-    rows = {name: (*c.sublayers[name], getattr(c.lowdim, name)) for name in c.sublayers}
+    block = model.transformer.h[-1]  # the first one's feed-forward may be dense
+    layers = {**dict(block.attn.named_children()), **dict(block.mlp.named_children()), "lm_head": model.lm_head}
+    widths = c.sublayers | {"lm_head": (c.n_embd, c.vocab_size)}
     if c.rope_dim is not None:
-        rows |= {"qr": (c.n_embd, c.n_head * c.rope_dim, 0), "kr": (c.n_embd, c.rope_dim, 0)}
-    rows["lm_head"] = (c.n_embd, c.vocab_size, 0)
-    for name, (d_in, d_out, rank) in rows.items():
-        params, dense = rank * (d_in + d_out) or d_in * d_out, d_in * d_out
+        widths |= {"qr": (c.n_embd, c.n_head * c.rope_dim), "kr": (c.n_embd, c.rope_dim)}
+    for name, layer in layers.items():
+        d_in, d_out = widths[name]
+        rank, params, dense = getattr(c.lowdim, name, 0), matrix_numbers(layer), d_in * d_out
         shown = rank or "dense"
-        lines.append(f"{name:10}{d_in:7}{d_out:8}{shown:>8}{params:15,}{params / dense:10.0%}{2 * params:15,}")
+        lines.append(f"{name:10}{d_in:7}{d_out:8}{shown:>{n}}{params:15,}{params / dense:10.0%}{2 * params:15,}")
         if params >= dense and rank:
-            limit = dense / (d_in + d_out)
-            warnings.append(f"warning: {name} at rank {rank} saves nothing; it would below {limit:.0f}")
+            better = f"; it would below {dense / (d_in + d_out):.0f}" if isinstance(rank, int) else ""
+            warnings.append(f"warning: {name} at {'rank ' if better else ''}{rank} saves nothing{better}")
+    if c.first_ffn_dense:
+        lines.append("of the last block; the feed-forward of the first is dense")
     return "\n".join(lines + warnings)

@@ -6,22 +6,24 @@ import torch
 from torch import Tensor, nn
 
 from config import TrainConfig
-from model import GPT, LowRank
+from model import GPT
 
 
 def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
     """Every parameter once, by the decay it gets.
 
-    matrices: weight_decay. factors: half of it each, since (1 - d/2) A (1 - d/2) B decays B A by d, as a dense matrix
-    would. Embeddings, norms and biases: none; decay would pull rare tokens to zero between their gradients.
+    matrices and guides (structured.py): weight_decay. factors: half of it each, since (1 - d/2) A (1 - d/2) B decays
+    B A by d, as a dense matrix would. Embeddings, norms and biases: none; decay would pull rare tokens to zero between
+    their gradients.
     """
-    factors = {p for m in model.modules() if isinstance(m, LowRank) for p in (m.A, m.B)}
+    factors = {p for m in model.modules() if hasattr(m, "A") for p in (m.A, m.B)}
+    guides = {m.guide for m in model.modules() if hasattr(m, "guide")}
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups = {name: [] for name in ("matrices", "factors", "embeddings", "vectors")}
+    groups = {name: [] for name in ("matrices", "factors", "guides", "embeddings", "vectors")}
     for p in model.parameters():
-        other = "matrices" if p.ndim > 1 else "vectors"
+        other = "guides" if p in guides else "matrices" if p.ndim > 1 else "vectors"
         groups["factors" if p in factors else "embeddings" if p in embeddings else other].append(p)
-    decay = {"matrices": weight_decay, "factors": weight_decay / 2, "embeddings": 0.0, "vectors": 0.0}
+    decay = dict.fromkeys(groups, 0.0) | {"matrices": weight_decay, "guides": weight_decay, "factors": weight_decay / 2}
     return [dict(name=name, params=ps, weight_decay=decay[name]) for name, ps in groups.items() if ps]
 
 
@@ -33,7 +35,7 @@ def make_optimizers(model: GPT, c: TrainConfig) -> list[torch.optim.Optimizer]:
     groups = parameter_groups(model, c.weight_decay)
     muon = []
     if c.optimizer == "muon":
-        muon = [group for group in groups if group["name"] in ("matrices", "factors")]
+        muon = [group for group in groups if group["name"] in ("matrices", "factors", "guides")]
         head = model.lm_head.weight
         for group in muon:
             group["params"] = [p for p in group["params"] if p is not head]
@@ -47,8 +49,9 @@ def make_optimizers(model: GPT, c: TrainConfig) -> list[torch.optim.Optimizer]:
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix is made orthogonal before it is added (Jordan 2024, Moonshot arXiv 2502.16982).
 
-    q, k, v and both factors of a low-rank layer are matrices of their own. The step of an (m, n) matrix is scaled by
-    0.2 sqrt(max(m, n)), which gives its elements the size that AdamW's have, so that one learning rate serves both.
+    q, k, v and both factors of a low-rank layer are matrices of their own, and so is each block of a factor. The step
+    of an (m, n) matrix is scaled by 0.2 sqrt(max(m, n)), which gives its elements the size that AdamW's have, so that
+    one learning rate serves both.
     bfloat16: whether the matrix is made orthogonal in it, which is enough, as the model's products are.
     """
 
@@ -63,26 +66,28 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for shape in sorted({p.shape for p in group["params"]}):  # matrices of a shape in one batched product
-                params = [p for p in group["params"] if p.shape == shape]
+                params = [p for p in group["params"] if p.shape == shape and p.grad is not None]  # guides may rest
                 for p in params:
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
-                self.step_batch(params, group)
+                if params:
+                    self.step_batch(params, group)
 
     def step_batch(self, params: list[nn.Parameter], group: dict) -> None:
         going = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 leaves all as it is
         buffers = [self.state[p]["momentum"] for p in params]
-        grad = torch.stack([p.grad for p in params]).nan_to_num_(0, 0, 0)  # (number, m, n)
+        grad = torch.stack([p.grad for p in params]).nan_to_num_(0, 0, 0)  # (number, m, n), or (number, K, m, n)
         share = (1 - group["momentum"]) * going
         torch._foreach_mul_(buffers, 1 - share)
         torch._foreach_add_(buffers, list((grad * share).unbind()))
         ahead = grad.lerp_(torch.stack(buffers), group["momentum"])  # Nesterov's
-        step = self.direction(ahead, params) * (group["lr"] * 0.2 * max(grad.shape[1:]) ** 0.5 * going)
+        step = self.direction(ahead.flatten(0, -3), params).view_as(ahead)
+        step = step * (group["lr"] * 0.2 * max(grad.shape[-2:]) ** 0.5 * going)
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * going)
         torch._foreach_sub_(params, list(step.unbind()))
 
     def direction(self, momentum: Tensor, params: list[nn.Parameter]) -> Tensor:
-        """Where the params, all of one shape, step to: (number, m, n). experiments/optimizers.py tries others."""
+        """Where the params, all of one shape, step to: (number, m, n), a block a matrix. An experiment has others."""
         return orthogonal(momentum, self.bfloat16)
 
 

@@ -32,10 +32,11 @@ import checkpoint
 import data
 import hardware
 import optim
+import structured
 from config import TrainConfig, UserError, load_config, user_errors
 from data.tokenizers import load_tokenizer
 from hardware import World
-from model import GPT
+from model import GPT, LowDim
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
@@ -56,23 +57,20 @@ def main(c: TrainConfig) -> None:
     c, micro_steps = share_step(c, world)
     tokens_per_step = c.batch_size * c.gpt.block_size * world.size * micro_steps
     windows = data.eval_windows(val_data, c.gpt.block_size, c.eval_tokens)
+    c, guided_steps, new_steps = plan_guide(c)
     bits_per_byte = val_data.tokens / val_data.bytes / math.log(2)  # of a loss of one nat per token
 
     # Model and optimizer: new, or as the last checkpoint has them
     run = Path(c.out_dir)
     order = dict(data=train_data.fingerprint, seed=c.seed, tokens_per_step=tokens_per_step, optimizer=c.optimizer)
+    if guided_steps:
+        order |= dict(guided_steps=guided_steps, new_steps=new_steps)
     state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, order=order, options=dataclasses.asdict(c))
     folder, manifest = world.from_rank_0(lambda: prepare_run(run, c.resume, state))
-    with torch.device(world.device if world.device.type == "cuda" else "cpu"):
-        model = GPT(c.gpt, c.seed if folder is None else None)
-    model.to(world.device)
-    optimizers = optim.make_optimizers(model, c)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == "float16")
     if folder is not None:
         state |= {name: manifest[name] for name in ("step", "seconds", "best_val_loss", "wandb_id")}
-        restore(folder, model, optimizers, scaler)
-    elif c.init_from is not None:
-        energy = checkpoint.start_from(Path(c.init_from), model, train_data.meta["tokenizer"])
+    guiding = state["step"] < guided_steps
+    model, optimizers, scaler, energy = build(c, folder, guiding, world, train_data.meta["tokenizer"])
     parallel = compile_and_wrap(model, c, world)
     guard = Guard(world.device)
 
@@ -84,6 +82,8 @@ def main(c: TrainConfig) -> None:
         f"a step: {tokens_per_step:,} tokens = {c.batch_size} sequences x {c.gpt.block_size} tokens"
         f" x {world.size} ranks x {micro_steps} micro-steps"
     )
+    if guided_steps:
+        log.say(f"self-guided: {guided_steps:,} steps; {c.max_steps:,} in all, {new_steps:,} of them over new batches")
     log.say(f"going on from {folder}" if folder else f"writing to {run}")
 
     if folder is None and c.init_from is not None:
@@ -104,17 +104,22 @@ def main(c: TrainConfig) -> None:
     while (step := state["step"]) < last_step:
         rate = optim.set_learning_rate(optimizers, step, c)
         seed_dropout(c.seed, step, world.rank)
-        batches = micro_batches(train_data, c, step, micro_steps, world)
+        if guiding:
+            structured.set_guides(model, step, guided_steps, c.seed)
+        batches = micro_batches(train_data, c, step % new_steps, micro_steps, world)
         loss, norm = train_step(parallel, batches, micro_steps, optimizers, scaler, guard, c, world)
         state["step"] = step = step + 1
 
         asked = world.any_signal(stop_signal)
         ending = step == last_step or asked is not None
         evaluating = asked is None and (step == last_step or due(step, c.eval_interval))
-        saving = ending or due(step, c.save_interval)
+        unguided_from_here = step == guided_steps
+        saving = ending or unguided_from_here or due(step, c.save_interval)
         if log.first or evaluating or saving or due(step, c.log_interval):
             log.step(step, loss.item(), norm.item(), rate, guard)  # here, and only here, the host waits for the device
             guard.stop_if_lost(step)
+        if unguided_from_here:
+            structured.drop_guides(model, optimizers)
         if saving:  # before the evaluation, which may take long and be cut short
             save()
         if evaluating:
@@ -129,6 +134,11 @@ def main(c: TrainConfig) -> None:
                 state["best_val_loss"] = val_loss
                 if world.rank == 0:
                     checkpoint.mark_best(run, step, val_loss)
+        if unguided_from_here and not ending:  # as a resume from here would
+            del parallel, model, optimizers
+            folder, guiding = world.from_rank_0(lambda: checkpoint.newest(run)[0]), False
+            model, optimizers, scaler, _ = build(c, folder, guiding, world)
+            parallel = compile_and_wrap(model, c, world)
         if evaluating or saving:
             log.start_clock(step)
         if asked is not None:
@@ -136,6 +146,42 @@ def main(c: TrainConfig) -> None:
             break
     log.close(state["best_val_loss"])
     world.leave()
+
+
+def plan_guide(c: TrainConfig) -> tuple[TrainConfig, int, int]:
+    """The options, of more steps with self_guided = 'flops'; the guided steps; the steps until the data begins anew."""
+    if c.self_guided != "flops":
+        return c, round(c.self_guided * c.max_steps), c.max_steps
+    with torch.device("meta"):
+        low, dense = GPT(c.gpt), GPT(dataclasses.replace(c.gpt, lowdim=LowDim()))
+    flops = [dense.flops_per_token(), low.flops_per_token(), structured.guide_flops(low)]
+    ratio = structured.fixed_flop_ratio(*flops)
+    if not 0 < ratio <= 1:
+        raise UserError(f"self_guided is flops, but would be {ratio:.2f} of the steps, wanted above 0, at most 1")
+    guided_steps = round(ratio * c.max_steps)
+    return dataclasses.replace(c, max_steps=c.max_steps + guided_steps), guided_steps, c.max_steps
+
+
+def build(
+    c: TrainConfig, folder: Path | None, guided: bool, world: World, tokenizer: dict[str, Any] | None = None
+) -> tuple[GPT, list[torch.optim.Optimizer], torch.amp.GradScaler, dict[str, float]]:
+    """Model, optimizers and scaler: new, or as the checkpoint in `folder` has them, guided or not.
+
+    A new one may begin with another run's weights, for which `tokenizer` is wanted; the energy they keep comes last.
+    """
+    energy: dict[str, float] = {}
+    with torch.device(world.device if world.device.type == "cuda" else "cpu"):
+        model = GPT(c.gpt, c.seed if folder is None else None)
+    model.to(world.device)
+    if folder is None and c.init_from is not None:
+        energy = checkpoint.start_from(Path(c.init_from), model, tokenizer)
+    if guided:
+        structured.add_guides(model)
+    optimizers = optim.make_optimizers(model, c)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == "float16")
+    if folder is not None:
+        restore(folder, model, optimizers, scaler)
+    return model, optimizers, scaler, energy
 
 
 class Guard:
@@ -327,7 +373,9 @@ def compile_and_wrap(model: GPT, c: TrainConfig, world: World) -> nn.Module:
         module.compile(dynamic=False)
     if world.size == 1:
         return model
-    return DDP(model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+    guided = any(isinstance(module, structured.Guided) for module in model.modules())  # and not in every step
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DDP(model, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=guided)
 
 
 class Log:

@@ -58,6 +58,12 @@ class TrainConfig:
     decay_share: float = 0.2
     """Share of max_steps in which 'wsd' decays."""
 
+    # Help for factored layers
+    self_guided: float | Literal["flops"] = 0.0
+    """Share of the steps in which a dense matrix beside each factored layer guides it (arXiv 2406.16450), with falling
+    weight; 0 = never. flops: as many as bring the run to the training FLOPs of the dense twin, and as many steps more,
+    which see the tokens of the guided ones again."""
+
     # Optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: for the matrices inside the blocks, with adamw for the rest."""
@@ -112,6 +118,10 @@ class TrainConfig:
             raise ValueError(f"min_lr is {self.min_lr}, wanted at most learning_rate = {self.learning_rate}")
         if self.init_from is not None and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
             raise ValueError(f"init_from is {self.init_from}, wanted another folder than out_dir")
+        if self.self_guided != "flops" and not 0 <= self.self_guided <= 1:
+            raise ValueError(f"self_guided is {self.self_guided}, wanted a share from 0 to 1, or flops")
+        if self.self_guided and not any(vars(self.gpt.lowdim).values()):
+            raise ValueError(f"self_guided is {self.self_guided}, wanted 0, as lowdim leaves every matrix dense")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}, wanted above 0 and at most 1")
 

@@ -28,7 +28,7 @@ import hardware
 from config import UserError, parse, user_errors
 from experiments.logs import SILENT, flatten, name_runs
 from experiments.plot import add_legend, new_figure, save, style
-from model import Block
+from model import Block, Dense, LowRank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,9 +150,9 @@ def exact(x: Tensor) -> Tensor:
 
 def spectrum(layer: nn.Module) -> Tensor:
     """Singular values of a layer's matrix; of a low-rank one through QR of its factors, R of them."""
-    if layer.rank:
+    if isinstance(layer, LowRank):
         return factors.product_svd(exact(layer.A), exact(layer.B))[1]
-    return torch.linalg.svdvals(exact(layer.weight))
+    return torch.linalg.svdvals(exact(layer.weight if isinstance(layer, Dense) else layer.materialise()))
 
 
 def stable_rank(values: Tensor) -> float:

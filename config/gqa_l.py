@@ -1,0 +1,22 @@
+"""Grouped-query attention at 729M parameters: what wide_structured_l is compared with (arXiv 2406.16450, table 2).
+
+launch    torchrun --nproc_per_node=8 train.py config/gqa_l.py
+hardware  8 GPUs of 80 GB
+time      not measured
+loss      published: perplexity 14.40 after 14.6B tokens of RefinedWeb; not measured here
+"""
+
+from config.structured import *  # noqa: F403
+from config.structured import tokens_per_step
+
+out_dir = "out/gqa_l"
+
+n_layer = 24
+n_head = 12
+n_kv_head = 2
+n_embd = 1536
+ffn_dim = 7424
+learning_rate = 2.5e-4
+max_steps = 14_580_000_000 // tokens_per_step
+min_lr = learning_rate / 10
+warmup_steps = max_steps // 10

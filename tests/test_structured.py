@@ -1,0 +1,394 @@
+"""Block-dense and block-shuffle layers against their formulas, the guide, the published counts and ratios.
+
+.venv/bin/pytest tests/test_structured.py        CPU, about 30 s
+"""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run, run_here
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import checkpoint
+import decode
+import optim
+import structured
+import train
+from config import TrainConfig, UserError, load_config
+from model import GPT, GPTConfig, LowDim, LowRank
+from structured import BlockDense, BlockShuffle, Guided
+
+SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)
+MIXED = LowDim(q="blockshuffle:4", k="blockdense:8:2", v="blockdense:12:4", o="blockshuffle:2", gate=6,
+               up="blockdense:10:2", down="blockshuffle:4")  # fmt: skip
+SHAPES = [(6, 10, 2), (10, 6, 2), (12, 12, 3), (9, 15, 3), (16, 8, 1), (4, 12, 4)]  # C_in, C_out, K
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def randomise(module: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    for p in module.parameters():
+        p.data.normal_(0, p.size(-1) ** -0.5 if p.ndim > 1 else 0.3, generator=generator)
+    return module
+
+
+def layers(d_in: int, d_out: int, K: int, bias: bool = True) -> list[torch.nn.Module]:
+    rank = min(d_in, d_out) // K * K
+    made = [BlockDense(d_in, d_out, rank, K, bias), BlockShuffle(d_in, d_out, K, bias), LowRank(d_in, d_out, 3, bias)]
+    return [randomise(layer) for layer in made]
+
+
+def idx(c: GPTConfig, batch_size: int = 3) -> torch.Tensor:
+    return torch.randint(c.vocab_size, (batch_size, c.block_size), generator=torch.Generator().manual_seed(0))
+
+
+# --- Layers ------------------------------------------------------------------------------------------------------
+
+
+def by_loops(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The published steps for one vector x (C_in), a block and a channel at a time."""
+    K = layer.blocks
+    h = torch.cat([block @ part for block, part in zip(layer.A, x.chunk(K))])
+    if isinstance(layer, BlockDense):
+        return layer.B @ h + layer.bias
+    y = torch.empty(len(layer.bias), dtype=x.dtype)
+    for j in range(K):
+        dealt = torch.stack([h[i] for i in range(len(h)) if i % K == j])
+        for s, value in enumerate(layer.B[j] @ dealt):
+            y[s * K + j] = value
+    return y + layer.bias
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_layer_is_its_dense_matrix_and_its_formula_with_gradients_in_float64(shape: tuple) -> None:
+    x = draw(2, 5, 2 * shape[0])[..., ::2].requires_grad_()  # of a stride that no view can take away
+    for layer in layers(*shape):
+        layer.double()
+        with torch.no_grad():
+            identity = torch.eye(shape[0], dtype=torch.float64)
+            torch.testing.assert_close((layer(identity) - layer.bias).T, layer.materialise(), atol=1e-12, rtol=0)
+            torch.testing.assert_close(layer.widen(layer.narrow(x)), layer(x), atol=1e-12, rtol=0)
+            if not isinstance(layer, LowRank):
+                torch.testing.assert_close(layer(x)[1, 3], by_loops(layer, x[1, 3]), atol=1e-12, rtol=0)
+        names = ("A", "B", "bias")
+        inputs = (x, *(getattr(layer, name) for name in names))
+        call = lambda x, *p: torch.func.functional_call(layer, dict(zip(names, p)), (x,))  # noqa: B023, E731
+        assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("N", [1, 70, 600])
+def test_both_ways_of_a_product_equal_einsum(N: int) -> None:
+    """600 rows go to oneDNN block by block, fewer to one batched product; the gradients follow in either."""
+    x, weight = draw(N, 4, 64, dtype=torch.float32), draw(4, 80, 64, dtype=torch.float32)
+    for interleaved, strided in itertools.product((False, True), (False, True)):
+        start = x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x
+        leaves = [start.detach().requires_grad_(), weight.detach().requires_grad_()]
+        y = structured.block_product(*leaves, interleaved)
+        assert (y.mT if interleaved else y).is_contiguous()
+        wanted = torch.einsum("nkp,kqp->nkq", *(t.double() for t in leaves))
+        g = draw(*y.shape)
+        torch.testing.assert_close(y.double(), wanted, atol=1e-3, rtol=0)
+        for ours, theirs in zip(torch.autograd.grad(y, leaves, g.float()), torch.autograd.grad(wanted, leaves, g)):
+            torch.testing.assert_close(ours, theirs.float(), atol=1e-2, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert structured.block_product(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("N", [70, 600])
+def test_a_compiled_layer_equals_an_eager_one(N: int) -> None:
+    x = draw(N, 256, dtype=torch.float32)
+    layer = torch.nn.Sequential(BlockShuffle(256, 64, 4, True), BlockDense(64, 256, 32, 2, False))
+    randomise(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    wanted, seen = ([y := f(x), *torch.autograd.grad(y.square().sum(), layer.parameters())] for f in (layer, compiled))
+    torch.testing.assert_close(seen, wanted, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 256, 4), (256, 64, 2)], ids=str)
+def test_blocks_start_orthogonal(shape: tuple) -> None:
+    for layer in layers(*shape)[:2]:
+        with torch.no_grad():
+            structured.fill(layer.A, layer.B, 0.5, torch.Generator().manual_seed(1))
+        for factor, scale in ((layer.A, 1.0), (layer.B, 0.5)):
+            values = torch.linalg.svdvals(factor.detach())
+            torch.testing.assert_close(values, torch.full_like(values, scale), atol=1e-5, rtol=0)
+
+
+# --- The model ---------------------------------------------------------------------------------------------------
+
+
+def mixed(**options: object) -> GPT:
+    return randomise(GPT(GPTConfig(**SMALL, lowdim=MIXED, **options)))
+
+
+@pytest.mark.parametrize("options", [{}, dict(first_ffn_dense=True, bias=True, n_kv_head=2)], ids=str)
+def test_a_merged_model_gives_the_same_logits(options: dict) -> None:
+    low = mixed(**options)
+    dense = GPT(dataclasses.replace(low.config, lowdim=LowDim()))
+    state = {n: p for n, p in low.state_dict().items() if not n.endswith((".A", ".B"))}
+    state |= {f"{n}.weight": m.materialise() for n, m in low.named_modules() if hasattr(m, "materialise")}
+    dense.load_state_dict(state)
+    torch.testing.assert_close(low(idx(low.config)), dense(idx(low.config)), atol=1e-4, rtol=1e-4)
+    assert ("transformer.h.0.mlp.up.weight" in low.state_dict()) == low.config.first_ffn_dense
+
+
+@pytest.mark.parametrize("pos", ["rope", "none"])
+@torch.inference_mode()
+def test_the_cache_keeps_the_latents_of_block_dense_keys_and_values(pos: str) -> None:
+    model = mixed(pos=pos, n_kv_head=2).eval()
+    full = model(idx(model.config))
+    cache = decode.new_cache(model, 3)
+    steps = [model(part, cache=cache) for part in idx(model.config).split([7, 1, 1, 7], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-4, rtol=0)
+    assert cache.held["v"].shape[2:] == (1, 16, 12)
+    assert cache.held["k"].shape[2:] == ((1, 16, 8) if pos == "none" else (2, 16, 8))
+    shuffled = dataclasses.replace(model.config, lowdim=LowDim(k="blockshuffle:2", v="blockshuffle:2"))
+    assert decode.cached_widths(shuffled) == {"k": (2, 8), "v": (2, 8)}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_counts_and_the_printed_table(first: bool) -> None:
+    model = GPT(GPTConfig(**SMALL, lowdim=MIXED, first_ffn_dense=first))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 16, dtype=torch.long))
+    full_square = 2 * 4 * 16 * 16 * 32  # torch charges what the causal mask leaves out, too
+    assert counter.get_total_flops() - full_square // 2 == 16 * model.flops_per_token()
+    rows = {line.split()[0]: line.split() for line in repr(model).splitlines()[1:]}
+    assert rows["q"] == ["q", "32", "32", "blockshuffle:4", "512", "50%", "1,024"]
+    assert rows["k"] == ["k", "32", "32", "blockdense:8:2", "384", "38%", "768"]
+    counts = bench.count(model.config, "float32")
+    assert counts["params"] == model.n_params() == sum(p.numel() for p in model.parameters())
+
+
+def test_muon_treats_every_block_as_a_matrix_and_factors_decay_by_half() -> None:
+    model = mixed()
+    c = TrainConfig(gpt=model.config, optimizer="muon", weight_decay=0.1, learning_rate=0.01)
+    _, muon = optim.make_optimizers(model, c)
+    assert {p for group in muon.param_groups if group["name"] == "factors" for p in group["params"]} == {
+        p for m in model.modules() if hasattr(m, "materialise") for p in (m.A, m.B)
+    }
+    factor = model.transformer.h[0].attn.q.A  # (4, 8, 8)
+    before = factor.detach().clone()
+    model(idx(model.config), idx(model.config)).backward()
+    gradient = factor.grad.clone()
+    muon.step()
+    for block, g, old in zip(factor, gradient, before):
+        step = optim.orthogonal(g[None])[0] * 0.01 * 0.2 * 8**0.5
+        torch.testing.assert_close(block, old * (1 - 0.01 * 0.05) - step, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("blockdense:8", "is 'blockdense:8', wanted a rank, 'blockdense:R:B' or 'blockshuffle:B'"),
+        ("monarch:4", "wanted a rank, 'blockdense:R:B' or 'blockshuffle:B'"),
+        ("1.5", "is '1.5', wanted a rank"),
+        ("blockdense:512:5", "wanted for B a divisor of width in = 768: 1, 2, 3, 4, 6"),
+        ("blockdense:0:4", "wanted for R a multiple of B = 4 from 4 to 768"),
+        ("blockdense:1024:4", "wanted for R a multiple of B = 4 from 4 to 768"),
+        ("blockshuffle:0", "wanted for B a divisor of width in = 768 and width out = 2048: 1, 2, 4, 8"),
+        ("blockshuffle:3", "wanted for B a divisor of width in = 768 and width out = 2048: 1, 2, 4, 8"),
+    ],
+)
+def test_a_wrong_kind_is_one_line_that_says_what_would_be_valid(kind: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config([f"--lowdim.up={kind}"])
+    assert f"lowdim.up is '{kind}'" in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_presets_and_the_command_line_take_ranks_and_kinds(tmp_path: Path) -> None:
+    (tmp_path / "preset.py").write_text("lowdim = dict(q=256, up='blockdense:512:4')\n")
+    c = load_config([str(tmp_path / "preset.py"), "--lowdim.down=blockshuffle:4", "--lowdim.k=64"])
+    assert c.gpt.lowdim == LowDim(q=256, k=64, up="blockdense:512:4", down="blockshuffle:4")
+    assert checkpoint.gpt_config(dataclasses.asdict(c.gpt)) == c.gpt
+
+
+# --- Published counts --------------------------------------------------------------------------------------------
+
+SIZES = {  # d, layers, heads, then (B, R) of block-dense at 63 % and 32 %
+    "s": (768, 12, 12, (2, 512), (2, 256)),
+    "m": (1024, 24, 16, (4, 768), (4, 384)),
+    "l": (1536, 24, 12, (2, 1024), (2, 512)),
+    "xl": (2048, 24, 16, (4, 1536), (4, 768)),
+}
+MILLIONS = {  # of all parameters and of the feed-forward: dense, low rank and block-shuffle 63 %, 32 %, block-dense
+    "s": [(109.5, 56.6), (90.0, 37.2), (73.8, 20.9), (90.0, 37.2), (73.8, 20.9)],
+    "m": [(334.8, 201.3), (262.4, 129.0), (202.1, 68.7), (254.9, 121.4), (198.3, 64.9)],
+    "l": [(728.6, 453.0), (565.8, 290.2), (430.2, 154.5), (565.8, 290.2), (430.2, 154.5)],
+    "xl": [(1273.5, 805.3), (984.1, 515.9), (742.9, 274.7), (953.9, 485.8), (727.8, 259.7)],
+}
+
+
+def published(size: str, up: int | str = 0) -> GPT:
+    """On the meta device, and without the biases, norms and positions that the published counts leave out."""
+    d, n_layer, n_head, *_ = SIZES[size]
+    c = load_config(["config/structured.py", f"--n_embd={d}", f"--n_layer={n_layer}", f"--n_head={n_head}",
+                     "--vocab_size=32000", f"--lowdim.up={up}", f"--lowdim.down={up}"])  # fmt: skip
+    with torch.device("meta"):
+        return GPT(c.gpt)
+
+
+def matrices(module: torch.nn.Module) -> float:
+    return sum(p.numel() for p in module.parameters() if p.ndim > 1) / 1e6
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_of_the_grid_are_the_published(size: str) -> None:
+    d, *_, wide, narrow = SIZES[size]
+    dense, wide_low, narrow_low, wide_block, narrow_block = MILLIONS[size]
+    block_dense = [f"blockdense:{R}:{B}" for B, R in (wide, narrow)]
+    for kinds, wanted in (
+        ([0], dense), ([d // 2, "blockshuffle:2"], wide_low), ([d // 4, "blockshuffle:4"], narrow_low),
+        (block_dense[:1], wide_block), (block_dense[1:], narrow_block),
+    ):  # fmt: skip
+        for kind in kinds:
+            model = published(size, kind)
+            ffn = sum(matrices(block.mlp) for block in model.transformer.h)
+            assert (matrices(model), ffn) == (pytest.approx(wanted[0], abs=0.06), pytest.approx(wanted[1], abs=0.06))
+
+
+@pytest.mark.parametrize(
+    ("size", "low", "block"), [("s", 0.301, 0.301), ("m", 0.380, 0.395), ("l", 0.413, 0.413), ("xl", 0.432, 0.449)]
+)
+def test_fixed_flop_ratios_are_the_published(size: str, low: float, block: float) -> None:
+    """Published FLOPs charge attention the full square of T: the twice as long causal one here."""
+    B, R = SIZES[size][4]
+    dense = published(size).flops_per_token(2 * 1024)
+    for kind, wanted in ((SIZES[size][0] // 4, low), ("blockshuffle:4", low), (f"blockdense:{R}:{B}", block)):
+        model = published(size, kind)
+        flops = dense, model.flops_per_token(2 * 1024), structured.guide_flops(model)
+        assert structured.fixed_flop_ratio(*flops) == pytest.approx(wanted, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("gqa_m", 334.8), ("wide_structured_m", 219.2), ("gqa_l", 728.6), ("wide_structured_l", 464.0)],
+)
+def test_wide_presets_have_the_published_counts(preset: str, millions: float) -> None:
+    c = load_config([f"config/{preset}.py", "--vocab_size=32000"])
+    with torch.device("meta"):
+        assert matrices(GPT(c.gpt)) == pytest.approx(millions, abs=0.06)
+    assert c.gpt.kv_heads * c.gpt.head_dim == 256
+
+
+# --- The guide ---------------------------------------------------------------------------------------------------
+
+
+def test_a_guide_changes_nothing_at_first_then_mixes_and_never_evaluates() -> None:
+    model = mixed(bias=True)
+    plain = model(idx(model.config))
+    structured.add_guides(model)
+    for alpha_step in (0, 3):
+        structured.set_guides(model, alpha_step, 10, seed=1)
+        torch.testing.assert_close(model(idx(model.config)), plain, atol=1e-4, rtol=1e-4)
+    layer = model.transformer.h[0].mlp.down
+    assert isinstance(layer, Guided)
+    layer.guide.data.normal_()
+    layer.guiding, x = True, draw(5, layer.guide.size(1), dtype=torch.float32)
+    mixture = 0.7 * F.linear(x, layer.guide) + 0.3 * F.linear(x, layer.layer.materialise()) + layer.layer.bias
+    layer.alpha.fill_(0.7)
+    torch.testing.assert_close(layer(x), mixture, atol=1e-4, rtol=1e-4)
+    model.eval()
+    torch.testing.assert_close(model(idx(model.config)), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_the_guide_takes_part_with_probability_alpha() -> None:
+    layer = Guided(layers(6, 10, 2)[1])
+    seen = []
+    for step in range(2000):
+        structured.set_guides(layer, step, 2000, seed=3)
+        assert layer.alpha.item() == pytest.approx((1 + math.cos(math.pi * step / 2000)) / 2, abs=1e-6)
+        seen.append(layer.guiding)
+    assert sum(seen) / 2000 == pytest.approx(0.5, abs=0.03)
+    assert sum(seen[:1000]) / 1000 == pytest.approx(0.5 + 1 / math.pi, abs=0.03)  # the mean of alpha over that half
+    structured.set_guides(layer, 500, 2000, seed=3)
+    assert layer.guiding == seen[500]  # a function of step and seed
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_guide_that_rests_keeps_its_weights_and_moments(optimizer: str) -> None:
+    model = mixed()
+    structured.add_guides(model)
+    c = TrainConfig(gpt=model.config, optimizer=optimizer, weight_decay=0.1, learning_rate=0.01)
+    optimizers = optim.make_optimizers(model, c)
+    guide = model.transformer.h[0].attn.q.guide
+    for guiding in (True, False):
+        for module in model.modules():
+            if isinstance(module, Guided):
+                module.guiding = guiding
+                module.alpha.fill_(0.5)
+        before = guide.detach().clone()
+        model(idx(model.config), idx(model.config)).backward()
+        assert (guide.grad is None) != guiding
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        assert torch.equal(guide, before) != guiding
+    structured.drop_guides(model, optimizers)
+    left = {p for o in optimizers for group in o.param_groups for p in group["params"]}
+    assert left == set(model.parameters())
+    assert all(p in left for o in optimizers for p in o.state)
+
+
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--lowdim.up=blockdense:8:2", "--lowdim.k=8",
+        "--lowdim.down=blockshuffle:4", "--batch_size=2", "--learning_rate=1e-2", "--log_interval=1", "--device=cpu",
+        "--weight_decay=0.1", "--eval_interval=0", "--eval_tokens=2000"]  # fmt: skip
+
+
+def trained(corpus: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
+    run_here(["train.py", *TINY, f"--dataset={corpus}", f"--out_dir={out}", *options])
+    return checkpoint.load_tensors(checkpoint.newest(out)[0], "model")
+
+
+def test_a_guided_run_may_stop_anywhere_and_ends_without_its_guide(corpus: Path, tmp_path: Path) -> None:
+    """Stopped while guided, just when the guide goes, and after: the weights are those of a run that went through."""
+    options = ["--max_steps=8", "--self_guided=0.5"]
+    whole = trained(corpus, tmp_path / "whole", *options)
+    assert not any("guide" in name or ".layer." in name for name in whole)
+    parts = tmp_path / "parts"
+    midway = trained(corpus, parts, *options, "--stop_step=2")
+    assert "transformer.h.1.mlp.down.guide" in midway
+    model, *_ = checkpoint.load_model(parts, torch.device("cpu"))  # for sample.py and eval.py, without the guide
+    assert "transformer.h.1.mlp.down.A" in model.state_dict()
+    assert not any("guide" in name for name in trained(corpus, parts, *options, "--stop_step=4", "--resume"))
+    trained(corpus, parts, *options, "--stop_step=6", "--resume")
+    resumed = trained(corpus, parts, *options, "--resume")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    with pytest.raises(UserError, match="guided_steps"):
+        trained(corpus, parts, "--max_steps=8", "--self_guided=0.25", "--resume")
+
+
+def test_two_ranks_are_guided_as_one(corpus: Path, tmp_path: Path) -> None:
+    options = ["--max_steps=4", "--self_guided=0.5", "--tokens_per_step=128"]
+    one = trained(corpus, tmp_path / "one", *options)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    run(*torchrun, *TINY, f"--dataset={corpus}", f"--out_dir={tmp_path / 'two'}", *options)
+    two = checkpoint.load_tensors(checkpoint.newest(tmp_path / "two")[0], "model")
+    assert two.keys() == one.keys()
+    torch.testing.assert_close(two, one, atol=2e-4, rtol=1e-3)
+
+
+def test_fixed_flops_add_the_guided_steps_and_see_their_tokens_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    seen = []
+    original = train.micro_batches
+    monkeypatch.setattr(train, "micro_batches", lambda *a: seen.append(a[2]) or original(*a))
+    trained(corpus, tmp_path / "run", "--max_steps=6", "--self_guided=flops")
+    again = len(seen) - 6
+    assert 0 < again < 6
+    assert seen == [*range(6), *range(again)]
+    assert f"self-guided: {again} steps; {6 + again} in all" in capsys.readouterr().out
