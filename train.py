@@ -36,6 +36,7 @@ from config import TrainConfig, UserError, load_config, user_errors
 from data.tokenizers import load_tokenizer
 from hardware import World
 from model import GPT
+from recurrent import new_model
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
@@ -62,7 +63,7 @@ def main(c: TrainConfig) -> None:
     state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, order=order, options=dataclasses.asdict(c))
     folder, manifest = world.from_rank_0(lambda: prepare_run(run, c.resume, state))
     with torch.device(world.device if world.device.type == "cuda" else "cpu"):
-        model = GPT(c.gpt, c.seed if folder is None else None)
+        model = new_model(c.model, c.gpt, c.recurrent, c.seed if folder is None else None)
     model.to(world.device)
     optimizers = optim.make_optimizers(model, c)
     scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == "float16")
@@ -285,7 +286,7 @@ def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> tuple[Path | N
     if resume != "never" and folder is not None:
         for complaint in complaints:
             print(f"warning: {complaint}; passed over")
-        changed = checkpoint.differences(manifest["options"]["gpt"], state["options"]["gpt"])
+        changed = checkpoint.differences(*map(checkpoint.model_options, (manifest["options"], state["options"])))
         changed += checkpoint.differences(manifest["order"], state["order"])
         if changed:
             raise UserError(f"{folder} is of another run. " + "; ".join(changed))

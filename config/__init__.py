@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import tyro
 
 from model import GPTConfig
+from recurrent import RecurrentConfig
 
 T = TypeVar("T")
 
@@ -34,6 +35,10 @@ class TrainConfig:
     """Everything that train.py reads; the model's options (GPTConfig) are flags of the same command line."""
 
     gpt: Annotated[GPTConfig, tyro.conf.arg(name="")] = field(default_factory=GPTConfig)
+
+    model: Literal["gpt", "recurrent"] = "gpt"
+    """recurrent: the blocks carried over a sliding window, see recurrent.py."""
+    recurrent: Annotated[RecurrentConfig, tyro.conf.arg(name="")] = field(default_factory=RecurrentConfig)
 
     # Data. A step sees tokens_per_step tokens, whatever the number of ranks; accumulation follows from it.
     dataset: str = "pystdlib"
