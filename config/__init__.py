@@ -31,6 +31,35 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
+class CopyTask:
+    """The generated tasks, dataset = 'copy' or 'selective_copy' (data/copying.py), and the curriculum of lengths."""
+
+    keep: int = 16
+    """Tokens to copy."""
+    noise: int = 4096
+    """Noise tokens; a sequence has noise + 2 keep."""
+    start_noise: int | None = None
+    """Noise tokens at first, doubled when an evaluation finds the loss below `threshold`; None = all from the start."""
+    alphabet: int = 16
+    """Symbols, noise and marker among them."""
+    threshold: float = 0.3
+    rates: Literal["constant", "note", "code"] = "note"
+    """How the learning rate follows noise and loss; see data.copying.next_stage."""
+    samples: int = 640
+    """To validate, always the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "noise", "start_noise", "threshold", "samples"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"task.{name} is {value}, wanted above 0")
+        if not 4 <= self.alphabet <= 63:
+            raise ValueError(f"task.alphabet is {self.alphabet}, wanted 4 to 63")
+        if self.start_noise is not None and self.start_noise > self.noise:
+            raise ValueError(f"task.start_noise is {self.start_noise}, wanted at most task.noise = {self.noise}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that train.py reads; the model's options (GPTConfig) are flags of the same command line."""
 
@@ -42,7 +71,8 @@ class TrainConfig:
 
     # Data. A step sees tokens_per_step tokens, whatever the number of ranks; accumulation follows from it.
     dataset: str = "pystdlib"
-    """A corpus below data/, or the path of a folder that holds meta.json and its shards."""
+    """A corpus below data/, the path of a folder that holds meta.json and its shards, or copy, or selective_copy."""
+    task: CopyTask = field(default_factory=CopyTask)
     batch_size: int = 8
     """Sequences per rank and micro-step; fewer where tokens_per_step does not give so many to each of several ranks."""
     tokens_per_step: int | None = None
