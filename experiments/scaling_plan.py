@@ -20,7 +20,7 @@ import train as trainer
 from config import TrainConfig, UserError, as_arguments, load_config
 from experiments import lpa_runs
 from experiments.lpa_models import Arm
-from model import GPT
+from recurrent import new_model
 
 START_SECONDS = 10  # of a process, until it trains
 FEWEST_STEPS = 50
@@ -124,7 +124,7 @@ def seconds_per_step(c: TrainConfig, g: Grid) -> float:
     torch.set_num_threads(1 if g.jobs > 1 else torch.get_num_threads())
     c = trainer.with_vocabulary(c, *(data.open_corpus(c.dataset, split) for split in ("train", "val")))
     c, micro_steps = trainer.share_step(c, world)
-    model = GPT(c.gpt).to(world.device)
+    model = new_model(c.model, c.gpt, c.recurrent, c.seed).to(world.device)
     x = torch.randint(c.gpt.vocab_size, (c.batch_size, c.gpt.block_size), device=world.device)  # (B, T)
     optimizers, guard = optim.make_optimizers(model, c), trainer.Guard(world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)

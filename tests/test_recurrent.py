@@ -1,8 +1,9 @@
 """The recurrent transformer against the plain loop of the paper's code, in float64.
 
-.venv/bin/pytest tests/test_recurrent.py        CPU, about 10 s
+.venv/bin/pytest tests/test_recurrent.py        CPU, about 13 s
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import recurrent
+from experiments import recurrent as comparison
 from model import GPTConfig, LowDim
 from recurrent import RecurrentConfig, RecurrentGPT
 
@@ -236,3 +238,15 @@ def test_train_py_trains_resumes_and_loads_it(corpus: Path, tmp_path: Path) -> N
         run_here(["train.py", *flags, f"--out_dir={parts}", "--resume", "--window=4"])
     with pytest.raises(Exception, match="model: the checkpoint has recurrent, this run gpt"):
         run_here(["train.py", *flags, f"--out_dir={parts}", "--resume", "--model=gpt"])
+
+
+def test_the_table_of_lengths_shows_what_a_text_leaves_behind(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    o = comparison.Options("lengths", lengths=(32, 64), plain_up_to=64, width=16, window=8, seconds=0.01, device="cpu")
+    lines = comparison.measure_lengths(dataclasses.replace(o, results=tmp_path))
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| recurrent", "| plain"))]
+    carried = {(row[0], row[1]): int(row[5].replace(",", "")) for row in rows}
+    for alpha in ("0.5", "0"):
+        assert {carried[f"recurrent, alpha {alpha}", T] for T in ("32", "64")} == {2 * 8 * 16 * 4}  # p and h
+    assert carried["plain", "64"] == 2 * carried["plain", "32"] == 2 * 64 * 16 * 4  # k and v
+    assert (tmp_path / "recurrent_lengths.png").exists()
