@@ -21,7 +21,7 @@ import factors
 from config import UserError
 from data.tokenizers import Tokenizer, load_tokenizer
 from model import GPT, Dense, GPTConfig, LowDim, LowRank
-from recurrent import RecurrentConfig, new_model
+from recurrent import RecurrentConfig, RecurrentGPT, new_model
 
 
 def save(run: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -155,8 +155,8 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, fl
     source, _, manifest = load_model(run, torch.device("cpu"), mapped=True)
     free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())
     options = [{k: v for k, v in asdict(gpt.config).items() if k not in free} for gpt in (source, model)]
-    for kind, gpt in zip(options, (source, model)):
-        kind["model"] = type(gpt).__name__
+    for saved, gpt in zip(options, (source, model)):
+        saved |= dict(model="gpt") if not isinstance(gpt, RecurrentGPT) else asdict(gpt.recurrent)
     changed = differences(*options)
     if manifest["tokenizer"] != tokenizer:
         changed.append("its tokenizer is not that of the corpus")

@@ -132,7 +132,7 @@ def best_law(points: Points) -> Law:
     """The lowest minimum: every start runs a little, the best few to the end."""
     x = Centred(points)
     rough = sorted((minimise(x, x.start(*start), 40) for start in STARTS), key=lambda found: found[1])
-    return x.law(min((minimise(x, p, 1000) for p, _ in rough[:6]), key=lambda found: found[1])[0])
+    return x.law(min((minimise(x, p, 400) for p, _ in rough[:6]), key=lambda found: found[1])[0])
 
 
 def bootstrap(points: Points, law: Law, resamples: int, seed: int) -> list[Law]:
