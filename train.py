@@ -114,6 +114,7 @@ def main(c: TrainConfig) -> None:
             ):  # after saving and before the step: a resume judges again, and alike
                 judge(model, windows, c, world, state, log)
             train_data, val_data = open_data(c, state["stage"])
+            log.length_share = train_data.tokens / c.gpt.block_size
         rate = optim.set_learning_rate(optimizers, step, at_stage(c, state["stage"]))
         seed_dropout(c.seed, step, world.rank)
         batches = micro_batches(train_data, c, step, micro_steps, world)
@@ -390,6 +391,7 @@ class Log:
         self.silent = world.rank != 0
         self.first, self.seconds, self.wandb_id, self.wandb = True, state["seconds"], state["wandb_id"], None
         self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
+        self.length_share = 1.0  # of block_size: how long the sequences of this stage of a generated task are
         rate = hardware.matmul_rate(world.device, c.dtype)  # on all ranks at once: they may share a machine
         self.matmul_rate = world.size * world.mean(torch.tensor(rate, device=world.device)).item()
         if not self.silent:
@@ -451,9 +453,10 @@ class Log:
         self.seconds += now - self.clock
         if self.silent:
             return
-        speed = (step - self.clock_step) * self.tokens_per_step / (now - self.clock)
+        tokens_per_step = self.tokens_per_step * self.length_share
+        speed = (step - self.clock_step) * tokens_per_step / (now - self.clock)
         mfu = speed * self.flops_per_token / self.matmul_rate
-        minutes, seconds = divmod(int((self.last_step - step) * self.tokens_per_step / speed), 60)
+        minutes, seconds = divmod(int((self.last_step - step) * tokens_per_step / speed), 60)
         skipped = f" | {guard.skipped.item()} skipped" if guard.skipped else ""
         self.say(
             f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.2f}"
