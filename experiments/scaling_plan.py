@@ -124,6 +124,7 @@ def seconds_per_step(c: TrainConfig, g: Grid) -> float:
     torch.set_num_threads(1 if g.jobs > 1 else torch.get_num_threads())
     c = trainer.with_vocabulary(c, *(data.open_corpus(c.dataset, split) for split in ("train", "val")))
     c, micro_steps = trainer.share_step(c, world)
+    c = dataclasses.replace(c, dtype=hardware.choose_dtype(c.dtype, world.device))
     model = new_model(c.model, c.gpt, c.recurrent, c.seed).to(world.device)
     x = torch.randint(c.gpt.vocab_size, (c.batch_size, c.gpt.block_size), device=world.device)  # (B, T)
     optimizers, guard = optim.make_optimizers(model, c), trainer.Guard(world.device)

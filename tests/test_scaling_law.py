@@ -201,3 +201,4 @@ def test_a_planned_run_is_one_that_train_py_makes(tmp_path: Path, corpus: Path) 
     points = scaling_law.read((tmp_path / "lpa_cpu",), "total")
     assert points.D.tolist() == [3 * 512]
     assert points.N.tolist() == [scaling_plan.lpa_runs.count(run.config.gpt)[0]]
+    assert 0 < scaling_plan.seconds_per_step(run.config, dataclasses.replace(g, jobs=2)) < 60
