@@ -77,6 +77,8 @@ class BenchConfig:
             raise ValueError(f"optimizer is {self.train.optimizer!r}, wanted 'adamw' against transformers")
         if "hf" in self.against and self.train.recompute != "none":
             raise ValueError(f"recompute is {self.train.recompute!r}, wanted 'none' against transformers")
+        if self.train.model != "gpt":
+            raise ValueError(f"model is {self.train.model!r}, wanted 'gpt'; for the other see experiments/recurrent.py")
         if self.against == "plain" and self.train.recompute == "none":
             raise ValueError("recompute is 'none', wanted 'latents' or 'block' against plain")
 

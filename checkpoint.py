@@ -23,6 +23,7 @@ import structured
 from config import UserError
 from data.tokenizers import Tokenizer, load_tokenizer
 from model import GPT, Dense, GPTConfig, LowDim, LowRank
+from recurrent import RecurrentConfig, RecurrentGPT, new_model
 
 
 def save(run: Path, tensors: dict[str, Any], state: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -132,7 +133,9 @@ def load_model(run: Path, device: torch.device, mapped: bool = False) -> tuple[G
             print(f"warning: {complaint}; using {folder.name}")
     try:
         with device:
-            model = GPT(gpt_config(manifest["options"]["gpt"]), seed=None)
+            o = manifest["options"]
+            recurrent = RecurrentConfig(**o.get("recurrent", {}))  # checkpoints of before it was there have none
+            model = new_model(o.get("model", "gpt"), gpt_config(o["gpt"]), recurrent, seed=None)
         model.load_state_dict(structured.without_guides(load_tensors(folder, "model", mapped)), assign=mapped)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # options or names that this model does not have
         raise UserError(f"{folder} is of another model or version: {' '.join(str(error).split())[:200]}") from None
@@ -154,6 +157,8 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, fl
     source, _, manifest = load_model(run, torch.device("cpu"), mapped=True)
     free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())
     options = [{k: v for k, v in asdict(gpt.config).items() if k not in free} for gpt in (source, model)]
+    for saved, gpt in zip(options, (source, model)):
+        saved |= dict(model="gpt") if not isinstance(gpt, RecurrentGPT) else asdict(gpt.recurrent)
     changed = differences(*options)
     if manifest["tokenizer"] != tokenizer:
         changed.append("its tokenizer is not that of the corpus")
@@ -209,6 +214,13 @@ def energy_table(energy: dict[str, float]) -> str:
 def gpt_config(options: dict[str, Any]) -> GPTConfig:
     """The model's options as a manifest holds them -> GPTConfig."""
     return GPTConfig(**options | dict(lowdim=LowDim(**options["lowdim"])))
+
+
+def model_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's options that its weights depend on; what older checkpoints do not say is its default."""
+    kind = options.get("model", "gpt")
+    recurrent = options.get("recurrent", {}) if kind == "recurrent" else {}
+    return options["gpt"] | recurrent | dict(model=kind)
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

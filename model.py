@@ -450,7 +450,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, last: bool = False
     ) -> Tensor:
-        """Token ids (B, T) -> logits (B, T, V), or with targets (B, T) the mean loss.
+        """Token ids (B, T) -> logits (B, T, V), or with targets (B, M) the mean loss of the last M positions.
 
         With a cache, idx follows what is in it, and is in it afterwards. last=True gives the logits of the last token
         alone, (B, 1, V), for the head costs as much as many layers. Raises ValueError beyond block_size.
@@ -458,6 +458,7 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache, last)  # (B, T, C)
         if targets is None:
             return self.lm_head(x)  # (B, T, V)
+        x = x[:, -targets.size(1) :]  # (B, M, C)
         head, y = self.lm_head, targets.flatten()
         return HeadLoss.apply(x.flatten(0, 1), head.weight, head.bias, y, torch.is_grad_enabled()) / len(y)
 
@@ -471,12 +472,7 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"position {end} is beyond block_size = {self.config.block_size}")
         positions = slice(new) if cache is None else cache.positions(new)
-        x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[positions]
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as every product rounds it anyway
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.transformer.drop(x)
+        x = self.embed(idx, positions)  # (B, T, C)
         rotation = self.rotation[:, positions].to(x.dtype) if self.rotation is not None else None
         for block in self.transformer.h:
             x = block(x, rotation, cache)
@@ -485,6 +481,15 @@ class GPT(nn.Module):
         if last:
             x = x[:, -1:]
         return self.transformer.norm(x) if self.config.norm_order == "pre" else x
+
+    def embed(self, idx: Tensor, positions: slice | Tensor) -> Tensor:
+        """What the first block reads of token ids (B, T) at these positions: (B, T, C)."""
+        x = self.transformer.wte(idx)
+        if self.config.pos == "learned":
+            x = x + self.transformer.wpe.weight[positions]
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as every product rounds it anyway
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self.transformer.drop(x)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

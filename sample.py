@@ -17,6 +17,7 @@ import tyro
 import checkpoint
 import decode
 import hardware
+import recurrent
 from config import UserError, parse, user_errors
 
 
@@ -61,11 +62,14 @@ def main(c: SampleConfig) -> None:
     ids = list(tokenizer.encode(prompt))
     if not ids:
         ids = [0 if tokenizer.end_of_text is None else tokenizer.end_of_text]
-    if len(ids) > model.config.block_size:
+    carried = isinstance(model, recurrent.RecurrentGPT)
+    endless = carried and model.config.pos != "learned"
+    if len(ids) > model.config.block_size and not endless:
         print(f"note: the model sees the last {model.config.block_size} of {len(ids)} tokens", file=sys.stderr)
     idx = torch.tensor([ids], device=device)
     room = 1 + max(0, model.config.block_size - len(ids))  # tokens to draw until the context is full
     generator = torch.Generator(device).manual_seed(c.seed)
+    generate = recurrent.generate if carried else decode.generate
     for number in range(c.num_samples):
         if c.num_samples > 1:
             print(f"--- sample {number + 1}")
@@ -73,12 +77,12 @@ def main(c: SampleConfig) -> None:
         pending = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
         with hardware.autocast(device, c.dtype):
             options = (c.max_new_tokens, tokenizer.vocab_size, c.temperature, c.top_k, c.top_p, generator)
-            for token in decode.generate(model, idx, *options, beyond=c.beyond):
+            for token in generate(model, idx, *options, beyond=c.beyond):
                 if token.item() == tokenizer.end_of_text:
                     break
                 print(pending.decode(tokenizer.decode_bytes(token.item())), end="", flush=True)
             else:
-                if c.beyond == "stop" and c.max_new_tokens > room:
+                if c.beyond == "stop" and c.max_new_tokens > room and not endless:
                     limit = f"the context of {model.config.block_size} tokens is full"
                     print(f"note: stopped after {room} of {c.max_new_tokens} tokens: {limit}", file=sys.stderr)
         print(pending.decode(b"", final=True))

@@ -34,9 +34,12 @@ import hardware
 import optim
 import structured
 from config import TrainConfig, UserError, load_config, user_errors
+from data import copying
+from data.copying import Copying
 from data.tokenizers import load_tokenizer
 from hardware import World
 from model import GPT, LowDim
+from recurrent import RecurrentGPT, new_model
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
@@ -51,7 +54,8 @@ def main(c: TrainConfig) -> None:
 
     # Data
     world.from_rank_0(lambda: prepare_missing(c.dataset))
-    train_data, val_data = data.open_corpus(c.dataset, "train"), data.open_corpus(c.dataset, "val")
+    stage = copying.first_stage(c.task) if c.dataset in copying.TASKS else None
+    train_data, val_data = open_data(c, stage)
     c = with_vocabulary(c, train_data, val_data)
     tokenizer = load_tokenizer(train_data.folder, train_data.meta["tokenizer"])
     c, micro_steps = share_step(c, world)
@@ -65,10 +69,11 @@ def main(c: TrainConfig) -> None:
     order = dict(data=train_data.fingerprint, seed=c.seed, tokens_per_step=tokens_per_step, optimizer=c.optimizer)
     if guided_steps:
         order |= dict(guided_steps=guided_steps, new_steps=new_steps)
-    state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, order=order, options=dataclasses.asdict(c))
+    state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, stage=stage)
+    state |= dict(order=order, options=dataclasses.asdict(c))
     folder, manifest = world.from_rank_0(lambda: prepare_run(run, c.resume, state))
     if folder is not None:
-        state |= {name: manifest[name] for name in ("step", "seconds", "best_val_loss", "wandb_id")}
+        state |= {name: manifest.get(name) for name in ("step", "seconds", "best_val_loss", "wandb_id", "stage")}
     guiding = state["step"] < guided_steps
     model, optimizers, scaler, energy = build(c, folder, guiding, world, train_data.meta["tokenizer"])
     parallel = compile_and_wrap(model, c, world)
@@ -77,7 +82,10 @@ def main(c: TrainConfig) -> None:
     last_step = c.max_steps if c.stop_step is None else min(c.max_steps, c.stop_step)
     log = Log(run, c, state, model, tokens_per_step, last_step, world)
     log.say(f"{model}\n{optim.describe(optimizers)}")
-    log.say(f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate")
+    if stage is None:
+        log.say(f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate")
+    else:
+        log.say(f"data: {c.dataset}, {c.task.keep} tokens to keep among {c.task.noise} of noise, made as they are read")
     log.say(
         f"a step: {tokens_per_step:,} tokens = {c.batch_size} sequences x {c.gpt.block_size} tokens"
         f" x {world.size} ranks x {micro_steps} micro-steps"
@@ -102,7 +110,12 @@ def main(c: TrainConfig) -> None:
 
     # Training. `step` counts finished updates. The log's clock stands still while we evaluate and save.
     while (step := state["step"]) < last_step:
-        rate = optim.set_learning_rate(optimizers, step, c)
+        if state["stage"]:
+            if step and due(step, c.eval_interval):  # after saving, so that a resume judges again, and alike
+                judge(model, windows, c, world, state, log)
+            train_data, val_data = open_data(c, state["stage"])
+            log.length_share = train_data.tokens / c.gpt.block_size
+        rate = optim.set_learning_rate(optimizers, step, at_stage(c, state["stage"]))
         seed_dropout(c.seed, step, world.rank)
         if guiding:
             structured.set_guides(model, step, guided_steps, c.seed)
@@ -112,7 +125,7 @@ def main(c: TrainConfig) -> None:
 
         asked = world.any_signal(stop_signal)
         ending = step == last_step or asked is not None
-        evaluating = asked is None and (step == last_step or due(step, c.eval_interval))
+        evaluating = asked is None and (step == last_step or (due(step, c.eval_interval) and not state["stage"]))
         unguided_from_here = step == guided_steps
         saving = ending or unguided_from_here or due(step, c.save_interval)
         if log.first or evaluating or saving or due(step, c.log_interval):
@@ -127,7 +140,8 @@ def main(c: TrainConfig) -> None:
             asked = world.any_signal(stop_signal)
             better = val_loss < (state["best_val_loss"] or math.inf)
             if asked is None:
-                log.evaluation(step, val_loss, val_loss * bits_per_byte)
+                extra = copy_report(model, val_data, c, world, state["stage"]) if state["stage"] else {}
+                log.evaluation(step, val_loss, val_loss * bits_per_byte, extra)
             if (better or asked is not None) and not saving:
                 save()
             if better:
@@ -171,7 +185,7 @@ def build(
     """
     energy: dict[str, float] = {}
     with torch.device(world.device if world.device.type == "cuda" else "cpu"):
-        model = GPT(c.gpt, c.seed if folder is None else None)
+        model = new_model(c.model, c.gpt, c.recurrent, c.seed if folder is None else None)
     model.to(world.device)
     if folder is None and c.init_from is not None:
         energy = checkpoint.start_from(Path(c.init_from), model, tokenizer)
@@ -266,8 +280,43 @@ def evaluate(
     return (world.mean(total) * world.size / len(windows)).item()
 
 
+def open_data(c: TrainConfig, stage: dict[str, float] | None) -> tuple[data.Corpus | Copying, data.Corpus | Copying]:
+    """What to train on, and what to validate with: splits of a corpus, or a generated task at its stage."""
+    if stage is None:
+        return data.open_corpus(c.dataset, "train"), data.open_corpus(c.dataset, "val")
+    return copying.open_task(c, "train", stage["noise"]), copying.open_task(c, "val", stage["noise"])
+
+
+def at_stage(c: TrainConfig, stage: dict[str, float] | None) -> TrainConfig:
+    """The options with the learning rate of a stage of the curriculum."""
+    share = stage["rate"] if stage else 1.0
+    return dataclasses.replace(c, learning_rate=c.learning_rate * share, min_lr=c.min_lr * share) if stage else c
+
+
+def judge(model: GPT, windows: Any, c: TrainConfig, world: World, state: dict[str, Any], log: "Log") -> None:
+    """Evaluate a generated task, and put its next stage in the state. No signal cuts this short: it decides."""
+    val_data = open_data(c, state["stage"])[1]
+    loss = evaluate(model, val_data, windows, c, world, [])
+    log.evaluation(state["step"], loss, loss / math.log(2), copy_report(model, val_data, c, world, state["stage"]))
+    state["stage"] = copying.next_stage(c.task, state["stage"], loss)
+    log.start_clock(state["step"])
+
+
+def copy_report(
+    model: GPT, val_data: Copying, c: TrainConfig, world: World, stage: dict[str, float]
+) -> dict[str, float]:
+    """What an evaluation of a generated task tells besides the loss."""
+    model.eval()
+    with torch.compiler.set_stance("force_eager"), hardware.autocast(world.device, c.dtype):
+        report = copying.accuracy(model, val_data, c.batch_size, world.device)
+    model.train()
+    alpha = model.alpha_now() if isinstance(model, RecurrentGPT) else None
+    alpha = alpha.item() if isinstance(alpha, Tensor) else alpha
+    return report | dict(noise=stage["noise"], rate_share=stage["rate"], alpha=alpha)
+
+
 def micro_batches(
-    corpus: data.Corpus, c: TrainConfig, step: int, n: int, world: World
+    corpus: data.Corpus | Copying, c: TrainConfig, step: int, n: int, world: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's n batches of a step, on the device.
 
@@ -337,7 +386,7 @@ def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> tuple[Path | N
     if resume != "never" and folder is not None:
         for complaint in complaints:
             print(f"warning: {complaint}; passed over")
-        changed = checkpoint.differences(manifest["options"]["gpt"], state["options"]["gpt"])
+        changed = checkpoint.differences(*map(checkpoint.model_options, (manifest["options"], state["options"])))
         changed += checkpoint.differences(manifest["order"], state["order"])
         if changed:
             raise UserError(f"{folder} is of another run. " + "; ".join(changed))
@@ -394,6 +443,7 @@ class Log:
         self.silent = world.rank != 0
         self.first, self.seconds, self.wandb_id, self.wandb = True, state["seconds"], state["wandb_id"], None
         self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
+        self.length_share = 1.0  # of block_size: how long the sequences of this stage of a generated task are
         rate = hardware.matmul_rate(world.device, c.dtype)  # on all ranks at once: they may share a machine
         self.matmul_rate = world.size * world.mean(torch.tensor(rate, device=world.device)).item()
         if not self.silent:
@@ -455,9 +505,10 @@ class Log:
         self.seconds += now - self.clock
         if self.silent:
             return
-        speed = (step - self.clock_step) * self.tokens_per_step / (now - self.clock)
+        tokens_per_step = self.tokens_per_step * self.length_share
+        speed = (step - self.clock_step) * tokens_per_step / (now - self.clock)
         mfu = speed * self.flops_per_token / self.matmul_rate
-        minutes, seconds = divmod(int((self.last_step - step) * self.tokens_per_step / speed), 60)
+        minutes, seconds = divmod(int((self.last_step - step) * tokens_per_step / speed), 60)
         skipped = f" | {guard.skipped.item()} skipped" if guard.skipped else ""
         self.say(
             f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.2f}"
@@ -469,9 +520,13 @@ class Log:
         )
         self.start_clock(step)
 
-    def evaluation(self, step: int, val_loss: float, bits_per_byte: float) -> None:
-        self.say(f"step {step}: val loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
-        self.write(dict(step=step, val_loss=val_loss, val_bits_per_byte=bits_per_byte))
+    def evaluation(
+        self, step: int, val_loss: float, bits_per_byte: float, extra: dict[str, float | None] | None = None
+    ) -> None:
+        """extra: what else was measured, by name."""
+        told = "".join(f", {name} {value:.4g}" for name, value in (extra or {}).items() if value is not None)
+        self.say(f"step {step}: val loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte{told}")
+        self.write(dict(step=step, val_loss=val_loss, val_bits_per_byte=bits_per_byte) | (extra or {}))
 
     def close(self, best_val_loss: float | None) -> None:
         best = f"best val loss {best_val_loss:.4f}, " if best_val_loss is not None else ""

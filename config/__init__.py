@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import tyro
 
 from model import GPTConfig
+from recurrent import RecurrentConfig
 
 T = TypeVar("T")
 
@@ -30,14 +31,48 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
+class CopyTask:
+    """The generated tasks, dataset = 'copy' or 'selective_copy' (data/copying.py), and the curriculum of lengths."""
+
+    keep: int = 16
+    """Tokens to copy."""
+    noise: int = 4096
+    """Noise tokens; a sequence has noise + 2 keep."""
+    start_noise: int | None = None
+    """Noise tokens at first, doubled when an evaluation finds the loss below `threshold`; None = all from the start."""
+    alphabet: int = 16
+    """Symbols, noise and marker among them."""
+    threshold: float = 0.3
+    rates: Literal["constant", "note", "code"] = "note"
+    """How the learning rate follows noise and loss; see data.copying.next_stage."""
+    samples: int = 640
+    """To validate, always the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "noise", "start_noise", "threshold", "samples"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"task.{name} is {value}, wanted above 0")
+        if not 4 <= self.alphabet <= 63:
+            raise ValueError(f"task.alphabet is {self.alphabet}, wanted 4 to 63")
+        if self.start_noise is not None and self.start_noise > self.noise:
+            raise ValueError(f"task.start_noise is {self.start_noise}, wanted at most task.noise = {self.noise}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that train.py reads; the model's options (GPTConfig) are flags of the same command line."""
 
     gpt: Annotated[GPTConfig, tyro.conf.arg(name="")] = field(default_factory=GPTConfig)
 
+    model: Literal["gpt", "recurrent"] = "gpt"
+    """recurrent: the blocks carried over a sliding window, see recurrent.py."""
+    recurrent: Annotated[RecurrentConfig, tyro.conf.arg(name="")] = field(default_factory=RecurrentConfig)
+
     # Data. A step sees tokens_per_step tokens, whatever the number of ranks; accumulation follows from it.
     dataset: str = "pystdlib"
-    """A corpus below data/, or the path of a folder that holds meta.json and its shards."""
+    """A corpus below data/, the path of a folder that holds meta.json and its shards, or copy, or selective_copy."""
+    task: CopyTask = field(default_factory=CopyTask)
     batch_size: int = 8
     """Sequences per rank and micro-step; fewer where tokens_per_step does not give so many to each of several ranks."""
     tokens_per_step: int | None = None
@@ -120,6 +155,8 @@ class TrainConfig:
             raise ValueError(f"init_from is {self.init_from}, wanted another folder than out_dir")
         if self.self_guided != "flops" and not 0 <= self.self_guided <= 1:
             raise ValueError(f"self_guided is {self.self_guided}, wanted a share from 0 to 1, or flops")
+        if self.self_guided and self.model != "gpt":
+            raise ValueError(f"self_guided is {self.self_guided}, wanted 0 for model = {self.model!r}")
         if self.self_guided and not any(vars(self.gpt.lowdim).values()):
             raise ValueError(f"self_guided is {self.self_guided}, wanted 0, as lowdim leaves every matrix dense")
         if not 0 < self.decay_share <= 1:

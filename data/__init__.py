@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
+from data.copying import Copying
 
 DATA = Path(__file__).parent
 HEADER_BYTES = 1024
@@ -152,7 +153,7 @@ def check_shard(path: Path, dtype: str, tokens: int) -> None:
 
 
 def batch(
-    corpus: Corpus,
+    corpus: Corpus | Copying,
     block_size: int,
     batch_size: int,
     seed: int,
@@ -168,6 +169,8 @@ def batch(
     Raises UserError where the corpus is shorter than a block.
     """
     first = (step * micro_steps + micro_step) * world_size * batch_size + rank * batch_size
+    if isinstance(corpus, Copying):
+        return corpus.samples(range(first, first + batch_size))
     starts = [sample_start(corpus.tokens, block_size, seed, first + b) for b in range(batch_size)]
     return windows_at(corpus, block_size, starts)
 
@@ -204,20 +207,24 @@ def permuted(i: int, n: int, key: bytes) -> int:
             return i
 
 
-def eval_windows(corpus: Corpus, block_size: int, tokens: int | None = None) -> np.ndarray:
+def eval_windows(corpus: Corpus | Copying, block_size: int, tokens: int | None = None) -> np.ndarray:
     """Numbers of the windows that an evaluation reads: the same ones for every model, step and world size.
 
     The split holds (N - 1) // T disjoint windows. With `tokens`, tokens // T of them (at least one), evenly spread.
     A rank takes eval_windows(...)[rank::world_size]. Raises UserError where the corpus is shorter than a block.
     """
+    if isinstance(corpus, Copying):
+        return np.arange(corpus.task.samples)
     require_block(corpus, block_size)
     windows = (corpus.tokens - 1) // block_size
     count = windows if tokens is None else min(windows, max(1, tokens // block_size))
     return np.arange(count) * windows // count
 
 
-def eval_batch(corpus: Corpus, block_size: int, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+def eval_batch(corpus: Corpus | Copying, block_size: int, windows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Inputs and targets of those windows, int64 (len(windows), T) each."""
+    if isinstance(corpus, Copying):
+        return corpus.samples(windows)
     return windows_at(corpus, block_size, [int(window) * block_size for window in windows])
 
 

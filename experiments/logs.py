@@ -30,6 +30,8 @@ class Run:
     flops_per_token: int
     """Of a training step, which takes three times the forward pass."""
     parameters: int
+    parameters_in_blocks: int
+    """Without embeddings and head."""
     steps: list[dict[str, float]]
     evaluations: list[dict[str, float]]
 
@@ -89,10 +91,11 @@ def as_run(log: Path, records: list[dict[str, Any]]) -> Run:
     if not starts:
         raise UserError(f"{log} does not begin with the options of a run")
     start = starts[-1]  # the last one, where a run was resumed
-    counts = re.search(r"([\d,]+) parameters, .* ([\d,]+) FLOPs a token forward", "".join(start["parameters"][:1]))
+    title = "".join(start["parameters"][:1])
+    counts = re.search(r"([\d,]+) parameters, ([\d,]+) of them in the blocks, ([\d,]+) FLOPs a token forward", title)
     if not counts:
         raise UserError(f"{log} does not tell the parameters and FLOPs of its model as model.describe does")
-    parameters, flops = (int(count.replace(",", "")) for count in counts.groups())
+    parameters, in_blocks, flops = (int(count.replace(",", "")) for count in counts.groups())
     # What was not finite is null in the log.
     steps = [record for record in records if record.get("loss") is not None]
     place = {0: dict(tokens=0, seconds=0.0)} | {record["step"]: record for record in steps}
@@ -102,7 +105,7 @@ def as_run(log: Path, records: list[dict[str, Any]]) -> Run:
         if record.get("val_loss") is not None and record["step"] in place
     ]
     flat = flatten(start["options"]) | dict(device=start["device"])
-    return Run(log, flat, 3 * flops, parameters, steps, evaluations)
+    return Run(log, flat, 3 * flops, parameters, in_blocks, steps, evaluations)
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

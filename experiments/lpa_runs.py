@@ -28,6 +28,7 @@ import data
 import hardware
 import train
 from config import TrainConfig, UserError, as_arguments, load_config
+from data.copying import TASKS
 from experiments.lpa_models import SCALES, Arm, arms
 from model import GPT, GPTConfig, LowDim
 
@@ -188,8 +189,11 @@ def best_rate(o: Options, row: Row) -> float:
 
 
 def comparable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without those that change no result."""
-    return {name: value for name, value in options.items() if name not in ("out_dir", "resume", "wandb")}
+    """Options without those that change no result: some never do, some are of other models or data."""
+    silent = {"out_dir", "resume", "wandb"}
+    silent |= {"model", "recurrent"} if options.get("model", "gpt") == "gpt" else set()
+    silent |= {"task"} if options["dataset"] not in TASKS else set()
+    return {name: value for name, value in options.items() if name not in silent}
 
 
 def finished(run: Run) -> bool:

@@ -1,0 +1,38 @@
+"""The smallest run that shows what accumulating is for: 8 tokens are copied across 128 of noise, from 32 on.
+
+launch    python train.py config/copy_small.py
+          python train.py config/copy_small.py --alpha=0 --alpha_learned=false       the control, which cannot
+hardware  2 CPU cores
+time      see results/recurrent.md
+accuracy  see there
+"""
+
+out_dir = "out/copy_small"
+dataset = "copy"
+task = dict(keep=8, noise=128, start_noise=32, alphabet=10, rates="constant")
+
+# One layer of 59,201 parameters, one of them alpha
+model = "recurrent"
+window = 16
+alpha = 0.5
+n_layer = 1
+n_head = 4
+n_embd = 64
+block_size = 128 + 2 * 8  # noise + 2 keep
+vocab_size = 10
+norm = "layernorm"
+norm_eps = 1e-5
+mlp = "relu"  # against vanishing gradients
+pos = "learned"
+tie_embeddings = True
+
+batch_size = 64
+max_steps = 300
+learning_rate = 1e-3
+schedule = "wsd"
+decay_share = 1 / max_steps  # constant
+beta2 = 0.999
+grad_clip = 0.0
+eval_interval = 50
+log_interval = 50
+save_interval = 100

@@ -1,0 +1,19 @@
+"""Selective copying on a CPU: 4 tokens scattered among 64 of noise, from 16 on. Accumulation is not learned here.
+
+launch    python train.py config/selective_copy_small.py
+hardware  2 CPU cores
+time      see results/recurrent.md
+accuracy  see there
+"""
+
+from config.copy_small import *  # noqa: F403
+
+out_dir = "out/selective_copy_small"
+dataset = "selective_copy"
+task = dict(keep=4, noise=64, start_noise=16, alphabet=10, rates="constant")
+block_size = 64 + 2 * 4
+alpha_learned = False  # as published: too much noise to learn it
+max_steps = 4000
+decay_share = 0.3
+eval_interval = 100
+save_interval = 500

@@ -1,0 +1,312 @@
+"""How should the size of a model grow with its data? A law fitted to finished runs, and what follows from it.
+
+    python -m experiments.scaling_law --plan --hours=6                             makes the runs of two families, then:
+    python -m experiments.scaling_law out/scaling/lpa_cpu --against out/scaling/dense_cpu
+    python -m experiments.scaling_law runs.csv --budget=1e18 --tokens=1e9          a table with columns N, D and loss
+
+Fits L(N, D) = E + A / N^alpha + B / D^beta and prints the compute-optimal N and D of a budget, the N of a given D, the
+interval of gamma in N ~ D^gamma that this fit's beta implies (Kausik, arXiv 2402.14746), and gamma as the runs show it
+without a law. With --against it says how much data, size or compute one family saves over the other. What the runs do
+not determine is refused. Every run is to have ended under a schedule of its own length, on data seen once: others are
+left out, and named. Writes OUT.md, OUT.png and OUT.svg. experiments/scaling_fit.py has the mathematics.
+"""
+
+import csv
+import dataclasses
+import datetime
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+import data
+from config import UserError, parse, user_errors
+from experiments import plot, scaling_plan
+from experiments.logs import NothingYet, Run, read_run, require_common_axis
+from experiments.scaling_fit import Fit, Law, Points, compare, fit, gamma_of_runs
+
+
+@dataclass(frozen=True)
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders of one family, folders of run folders, or CSV files with columns N, D, loss."""
+    against: tuple[Path, ...] = ()
+    """The runs of another family, which the first is compared with."""
+    count: Literal["total", "blocks"] = "total"
+    """What N counts in run folders: all parameters, or those without embeddings and head."""
+    budget: float | None = None
+    """FLOPs, C = 6 N D, to spend at the optimum; None = those of the most expensive run."""
+    tokens: float | None = None
+    """The D to find an N for; None = that of the longest run."""
+    anchor: tuple[float, float] | None = None
+    """N and D of a run from which D^gamma is drawn on; None = the longest one that is good enough and smallest."""
+    tolerance: float = 0.02
+    """Nats above the best run of the same D that are still good enough."""
+    resamples: int = 200
+    """Fits to runs drawn with replacement, for the errors."""
+    out: Path = Path("results/scaling")
+    plan: bool = False
+    """Propose a grid of runs for this machine, train it, and report."""
+    grid: Annotated[scaling_plan.Grid, tyro.conf.arg(name="")] = field(default_factory=scaling_plan.Grid)
+
+    def __post_init__(self) -> None:
+        if bool(self.runs) == self.plan:
+            raise ValueError("wanted either runs to read, or --plan to make some")
+        for name in ("budget", "tokens", "tolerance", "resamples"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted above 0")
+
+
+def main(o: Options) -> None:
+    if o.plan:
+        folders = scaling_plan.train(o.grid)
+        if o.grid.dry_run:
+            return
+        first, *others = folders[::-1]  # the first preset is what the others are compared with
+        o = dataclasses.replace(o, runs=(first,), against=tuple(others[-1:]), plan=False)
+    families = [read(paths, o.count) for paths in (o.runs, o.against) if paths]
+    fits = [fit(points, o.resamples) for points in families]
+    lines = ["# Scaling law\n", f"{datetime.date.today()}. N: {COUNTS[o.count]}. D: training tokens. C = 6 N D FLOPs."]
+    lines.append(f"Command: `python -m experiments.scaling_law {shlex.join(sys.argv[1:])}`\n")
+    for paths, fitted in zip((o.runs, o.against), fits):
+        lines += [*report(o, fitted), *other_count(o, paths), ""]
+    if o.against:
+        lines += comparison(o, *fits)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    o.out.with_suffix(".md").write_text(text)
+    draw(o, fits)
+
+
+COUNTS = {"total": "all parameters", "blocks": "parameters without embeddings and head"}
+
+
+# --- Reading -------------------------------------------------------------------------------------------------------
+
+
+def read(paths: tuple[Path, ...], count: str) -> Points:
+    """The finished runs at these places, as one family. Raises UserError where there is nothing to read."""
+    name = " ".join(path.stem for path in paths[:3]) + (" ..." if len(paths) > 3 else "")
+    tables = [read_csv(path) for path in paths if path.suffix == ".csv"]
+    folders = [folder for path in paths if path.suffix != ".csv" for folder in run_folders(path)]
+    rows, notes = read_folders(folders, count)
+    rows += [row for table in tables for row in table]
+    N, D, loss = np.array(rows, dtype=float).reshape(-1, 3).T  # (runs,) each
+    return Points(name, N, D, loss, tuple(notes))
+
+
+def run_folders(path: Path) -> list[Path]:
+    """A run folder, or the run folders in it."""
+    if (path / "log.jsonl").exists():
+        return [path]
+    found = sorted(log.parent for log in path.glob("*/log.jsonl"))
+    if not found:
+        raise UserError(f"{path} is no run folder and holds none, wanted some that train.py wrote, or a .csv")
+    return found
+
+
+def read_folders(folders: list[Path], count: str) -> tuple[list[tuple[float, float, float]], list[str]]:
+    """N, D and loss of each run that ended as its schedule did, and notes about the others."""
+    runs, rows, notes = [], [], []
+    for folder in folders:
+        try:
+            run = read_run(folder)
+        except NothingYet as error:
+            notes.append(f"left out: {error}")
+            continue
+        steps, at = run.options["max_steps"], run.evaluations[-1]["step"] if run.evaluations else 0
+        if at < steps:
+            notes.append(f"left out: {folder} was evaluated last at step {at} of {steps}, not at its schedule's end")
+            continue
+        N = run.parameters if count == "total" else run.parameters_in_blocks
+        runs.append(run)
+        rows.append((N, run.evaluations[-1]["tokens"], run.evaluations[-1]["val_loss"]))
+        notes += repetition(run)
+    if runs:
+        require_common_axis(runs, "val_loss")
+    return rows, notes
+
+
+def repetition(run: Run) -> list[str]:
+    """A note where a run saw its corpus more than once; none where the corpus is not here to ask."""
+    try:
+        unique = data.open_corpus(run.options["dataset"], "train").tokens
+    except UserError:
+        return []
+    epochs = run.evaluations[-1]["tokens"] / unique
+    return [f"{run.path.parent} saw its tokens {epochs:.1f} times: repeated ones teach less"] if epochs > 1 else []
+
+
+def read_csv(path: Path) -> list[tuple[float, float, float]]:
+    """Raises UserError naming the line that is not three positive numbers."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    rows = []
+    for number, record in enumerate(table, start=2):
+        try:
+            row = tuple(float(record[name]) for name in ("N", "D", "loss"))
+        except (KeyError, TypeError, ValueError):
+            row = ()
+        if not row or not all(0 < value < math.inf for value in row):
+            raise UserError(f"{path}, line {number}: wanted positive numbers in the columns N, D and loss")
+        rows.append(row)
+    return rows
+
+
+# --- The report ----------------------------------------------------------------------------------------------------
+
+
+def report(o: Options, f: Fit) -> list[str]:
+    p, law = f.points, f.law
+    rms = np.sqrt(np.mean((np.log(p.loss) - np.log(law.loss(p.N, p.D))) ** 2))
+    span = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, low, high in ranges(p))
+    lines = [f"## {p.name}\n", f"{len(p.loss)} runs: {span}. The residual of ln L is {rms:.2g} (root mean square).\n"]
+    lines += ["| | best fit | standard error | 5 % | 95 % |", "|---|---|---|---|---|"]
+    for name in ("E", "A", "alpha", "B", "beta"):
+        value, low, high = f.interval(lambda law, name=name: getattr(law, name))
+        error = f.error(lambda law, name=name: getattr(law, name))
+        lines.append(f"| {name} | {value:.5g} | {error:.2g} | {low:.4g} | {high:.4g} |")
+    lines += ["", *optimal(o, f), *gamma_lines(o, f)]
+    return [*lines, *(f"- Note: {note}." for note in f.notes)]
+
+
+def other_count(o: Options, paths: tuple[Path, ...]) -> list[str]:
+    """The exponents where N counts the other parameters: small models have many of theirs in the embeddings."""
+    if any(path.suffix == ".csv" for path in paths):
+        return []
+    count = "blocks" if o.count == "total" else "total"
+    try:
+        law = fit(read(paths, count), resamples=0).law
+    except UserError as error:
+        return [f"- With N counting {COUNTS[count]} there is no law: {error}."]
+    return [f"- With N counting {COUNTS[count]}: E {law.E:.4g}, alpha {law.alpha:.3f}, beta {law.beta:.3f}."]
+
+
+def ranges(p: Points) -> list[tuple[str, float, float]]:
+    return [(name, values.min(), values.max()) for name, values in (("N", p.N), ("D", p.D), ("loss", p.loss))]
+
+
+def budget_of(o: Options, fits: list[Fit]) -> float:
+    """The FLOPs at which to look: asked for, or those that every family has reached."""
+    return o.budget or min(float((6 * f.points.N * f.points.D).max()) for f in fits)
+
+
+def optimal(o: Options, f: Fit) -> list[str]:
+    C, D = budget_of(o, [f]), o.tokens or float(f.points.D.max())
+    shown = [spread(f, lambda law, i=i: law.optimum(C)[i]) for i in (0, 1)]
+    loss = spread(f, lambda law: law.loss(*law.optimum(C)))
+    lines = [f"- Compute-optimal at C = {C:.3g}: N = {shown[0]}, D = {shown[1]}, loss {loss}."]
+    lines.append(f"- Compute-optimal at D = {D:.3g}: N = {spread(f, lambda law: law.size(D))}.")
+    reach = max(C / float((6 * f.points.N * f.points.D).max()), D / float(f.points.D.max()))
+    if reach > 10:
+        lines.append(f"- Note: this is {reach:.3g} times what the largest run saw; the law is only tested below that.")
+    return lines
+
+
+def gamma_lines(o: Options, f: Fit) -> list[str]:
+    low, high = (spread(f, lambda law, i=i: law.gamma()[i], ".2f") for i in (0, 1))
+    lines = [f"- N ~ D^gamma with gamma between {low} and {high}: 1 - 2 beta and 1 - beta of this fit's own beta."]
+    bounds = [max(0.0, gamma) for gamma in f.law.gamma()]
+    if f.law.gamma()[0] <= 0:
+        lines.append(f"- Note: beta is {f.law.beta:.3f}, 0.5 or more, so the lower end is taken as 0.")
+    N0, D0 = o.anchor or good_enough(f.points, o.tolerance)
+    D = o.tokens or 10 * float(f.points.D.max())
+    ends = " to ".join(f"{N0 * (D / D0) ** gamma:.3g}" for gamma in bounds)
+    lines.append(f"- So, from N = {N0:.3g} at D = {D0:.3g}, an efficient model of D = {D:.3g} tokens has N = {ends}.")
+    gamma, error, found, notes = gamma_of_runs(f.points, o.tolerance)
+    what = f"- The smallest N within {o.tolerance:g} nats of the best of its D"
+    if math.isfinite(gamma):
+        pairs = ", ".join(f"{N:.3g} at {D:.3g}" for D, N in found)
+        lines.append(f"{what}: gamma = {gamma:.2f} ± {error:.2f} (N = {pairs}).")
+    else:
+        lines.append(f"{what} gives no gamma here.")
+    return [*lines, *(f"- Note: {note}." for note in notes)]
+
+
+def good_enough(p: Points, tolerance: float) -> tuple[float, float]:
+    """N and D of the smallest run within tolerance of the best one of the largest D."""
+    D = p.D.max()
+    longest = p.take(p.D == D)
+    return float(longest.N[longest.loss <= longest.loss.min() + tolerance].min()), float(D)
+
+
+def spread(f: Fit, value: Callable[[Law], float], form: str = ".3g") -> str:
+    """'1.2e+06 (1.1e+06 to 1.3e+06)': at the best fit, and from 5 to 95 % over the resamples."""
+    best, low, high = (format(v, form) for v in f.interval(value))
+    return f"{best} ({low} to {high})"
+
+
+def comparison(o: Options, f: Fit, reference: Fit) -> list[str]:
+    C = budget_of(o, [f, reference])
+    N, D = reference.law.optimum(C)
+    lines = [f"## {f.points.name} against {reference.points.name}\n"]
+    lines.append(f"To reach the loss {reference.law.loss(N, D):.4f} that {reference.points.name} has at its optimum")
+    lines.append(f"for C = {C:.3g}, N = {N:.3g} and D = {D:.3g}, {f.points.name} needs, as a share of that:\n")
+    lines += ["| what it needs | share | 5 % | 95 % |", "|---|---|---|---|"]
+    for (_, *values), name in zip(compare(f, reference, C), ("C, at its own optimum", "D, at that N", "N, at that D")):
+        lines.append(f"| {name} | " + " | ".join("never" if v == math.inf else f"{v:.3f}" for v in values) + " |")
+    return [*lines, ""]
+
+
+# --- Pictures ------------------------------------------------------------------------------------------------------
+
+
+def draw(o: Options, fits: list[Fit]) -> None:
+    """A row for each family: losses at equal compute, and the sizes that lengths of training want."""
+    figure, axes = plot.new_figure(11, 4.4 * len(fits), rows=len(fits), columns=2)
+    for f, (left, right) in zip(fits, axes):
+        draw_isoflops(f, left)
+        draw_frontier(o, f, right)
+        left.set_title(f.points.name, loc="left")
+        for ax in (left, right):
+            ax.legend(frameon=False, fontsize=8)
+    plot.save(figure, o.out)
+
+
+def draw_isoflops(f: Fit, axes: "plot.Axes") -> None:
+    """The law's loss against N at five budgets, each with its optimum; the runs in the colour of the nearest one."""
+    p, spent = f.points, 6 * f.points.N * f.points.D
+    budgets = np.geomspace(spent.min(), spent.max(), 5)
+    nearest = np.abs(np.log(spent[:, None] / budgets)).argmin(1)  # (runs,)
+    sizes = np.geomspace(p.N.min() / 2, p.N.max() * 2, 100)
+    for i, C in enumerate(budgets):
+        look = plot.style(i)
+        axes.plot(sizes, f.law.loss(sizes, C / 6 / sizes), label=f"C = {C:.1e}", **look | dict(marker=""))
+        N, D = f.law.optimum(C)
+        axes.plot([N], [f.law.loss(N, D)], color=look["color"], marker="*", markersize=12)
+        at = nearest == i
+        axes.plot(p.N[at], p.loss[at], color=look["color"], marker=look["marker"], linestyle="")
+    room = 0.1 * (p.loss.max() - p.loss.min())
+    axes.set(xscale="log", xlabel="N, parameters", ylabel="validation loss (nats per token)\nlines: the law")
+    axes.set(xlim=(sizes[0], sizes[-1]), ylim=(p.loss.min() - room, p.loss.max() + room))
+
+
+def draw_frontier(o: Options, f: Fit, axes: "plot.Axes") -> None:
+    """N against D: compute-optimal with its 5 to 95 % band, Kausik's interval from the anchor, and the runs' own."""
+    p = f.points
+    lengths = np.geomspace(p.D.min(), 10 * p.D.max(), 50)
+    optima = np.array([[law.size(D) for D in lengths] for law in (f.law, *f.resampled)])  # (1 + resamples, 50)
+    axes.plot(lengths, optima[0], label="compute-optimal", **plot.style(0) | dict(marker=""))
+    axes.fill_between(lengths, *np.percentile(optima[1:], (5, 95), axis=0), color="#000000", alpha=0.12, linewidth=0)
+    N0, D0 = o.anchor or good_enough(p, o.tolerance)
+    ends = [N0 * (lengths / D0) ** max(0.0, gamma) for gamma in f.law.gamma()]
+    axes.fill_between(lengths, *ends, color="#0072b2", alpha=0.3, linewidth=0, label="D^gamma from the anchor")
+    if found := gamma_of_runs(p, o.tolerance)[2]:
+        axes.plot(*zip(*found), label="smallest good enough", **plot.style(1) | dict(linestyle=""))
+    axes.plot(p.D, p.N, color="0.6", marker=".", linestyle="", label="runs")
+    axes.set(xscale="log", yscale="log", xlabel="D, training tokens", ylabel="N, parameters")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(parse(sys.argv[1:], Options, __doc__))

@@ -1,0 +1,149 @@
+"""The runs for a scaling law: sizes and lengths that fill the hours of this machine, trained with train.py.
+
+Each preset is a family. Its model is made at each width, everything else in proportion, and trained for lengths that
+double, each under a schedule of its own. See scaling_law.py.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import data
+import hardware
+import optim
+import train as trainer
+from config import TrainConfig, UserError, as_arguments, load_config
+from experiments import lpa_runs
+from experiments.lpa_models import Arm
+from recurrent import new_model
+
+START_SECONDS = 10  # of a process, until it trains
+FEWEST_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Grid:
+    presets: tuple[str, ...] = ("config/dense_cpu.py", "config/lpa_cpu.py")
+    """A family each; the first is what the second is compared with."""
+    widths: tuple[int, ...] = (48, 72, 112, 160)
+    """n_embd of the models; ranks and the like in proportion, the learning rate as 1 / width."""
+    lengths: int = 4
+    """Numbers of training tokens, each twice the one before."""
+    hours: float = 6.0
+    """For all runs together."""
+    dataset: str | None = None
+    """A corpus in place of the presets' own."""
+    eval_tokens: int = 200_000
+    """Validation tokens that give a run's loss."""
+    jobs: int = 1
+    """Runs side by side, on one thread each."""
+    dry_run: bool = False
+    """Show the plan, and train nothing."""
+    out_dir: Path = Path("out/scaling")
+
+    def __post_init__(self) -> None:
+        if len(self.widths) < 3 or self.lengths < 3:
+            raise ValueError(f"widths are {self.widths} and lengths {self.lengths}, wanted 3 or more of each")
+        if not 1 <= len(self.presets) <= 2:
+            raise ValueError(f"presets are {self.presets}, wanted one or two")
+        for name in ("hours", "eval_tokens", "jobs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted above 0")
+
+
+def train(g: Grid) -> list[Path]:
+    """Train what is missing of the plan -> the folder of each family. Raises UserError when stopped."""
+    sizes = [(preset, shaped(g, preset, width)) for preset in g.presets for width in g.widths]
+    lengths = planned_lengths(g, sizes)
+    runs = [make_run(g, preset, settings, steps) for preset, settings in sizes for steps in lengths]
+    for run in runs:
+        N, in_blocks, _ = lpa_runs.count(run.config.gpt)
+        print(f"{run}: {N:,} parameters, {in_blocks:,} in the blocks, {lpa_runs.tokens_of(run.config):,} tokens")
+    if not g.dry_run:
+        # Of its options training reads jobs and nproc_per_node alone.
+        lpa_runs.train_all(lpa_runs.Options(table="size", jobs=g.jobs), runs, deadline=math.inf)
+    return [g.out_dir / Path(preset).stem for preset in g.presets]
+
+
+def shaped(g: Grid, preset: str, width: int) -> dict[str, Any]:
+    """What changes in a preset at another width."""
+    c = load_config([preset])
+    share = width / c.gpt.n_embd
+    heads = next(n for n in range(c.gpt.n_head, 0, -1) if width % (2 * n) == 0)
+    ranks = {name: max(1, round(share * rank)) for name, rank in dataclasses.asdict(c.gpt.lowdim).items() if rank}
+    settings: dict[str, Any] = dict(n_embd=width, n_head=heads, lowdim=ranks)
+    settings |= dict(learning_rate=c.learning_rate / share, min_lr=c.min_lr / share)
+    settings |= dict(dataset=g.dataset or c.dataset, eval_tokens=g.eval_tokens, eval_interval=0)
+    for name in ("attn_dim", "ffn_dim"):
+        if getattr(c.gpt, name) is not None:
+            settings[name] = round(share * getattr(c.gpt, name) / heads) * heads
+    return settings
+
+
+def planned_lengths(g: Grid, sizes: list[tuple[str, dict[str, Any]]]) -> list[int]:
+    """Steps of each length: as the plan in out_dir says, or so that all runs together take the hours.
+
+    Kept in a file, since a machine is never twice as fast, and the same command is to go on with the same runs.
+    """
+    path = g.out_dir / "plan.json"
+    asked = json.loads(json.dumps(dataclasses.asdict(g) | dict(jobs=None, dry_run=None), default=str))
+    if path.exists():
+        plan = json.loads(path.read_text())
+        if plan["asked"] != asked:
+            raise UserError(f"{path} is of other options: give another --out_dir, or move it away")
+        return plan["steps"]
+    configs = [load_config([preset, *as_arguments(settings)]) for preset, settings in sizes]
+    per_step = {c.tokens_per_step or c.batch_size * c.gpt.block_size for c in configs}
+    if len(per_step) > 1:
+        raise UserError(f"the presets have steps of {per_step} tokens, wanted the same in all")
+    tokens, unique = per_step.pop(), data.open_corpus(configs[0].dataset, "train").tokens
+    speeds = [seconds_per_step(c, g) for c in configs]
+    evaluations = g.eval_tokens / tokens / 3 * sum(speeds)  # a forward pass is a third of a step
+    left = 3600 * g.hours * g.jobs - g.lengths * (evaluations + START_SECONDS * len(configs))
+    longest = int(left / sum(speeds) / (2 - 2 ** (1 - g.lengths)))  # lengths of 1 + 1/2 + 1/4 + ...
+    if longest * tokens > unique:
+        print(f"the corpus bounds the lengths, {unique:,} tokens to be seen once: {g.hours:g} hours are not needed")
+        longest = unique // tokens
+    steps = [longest // 2**i for i in reversed(range(g.lengths))]
+    if steps[0] < FEWEST_STEPS:
+        raise UserError(f"the shortest run would have {steps[0]} steps, wanted {FEWEST_STEPS}: give more --hours")
+    if not g.dry_run:
+        g.out_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(asked=asked, steps=steps), indent=1))
+    return steps
+
+
+def seconds_per_step(c: TrainConfig, g: Grid) -> float:
+    """Of the fastest of the training steps that fit in a second, on random tokens."""
+    world = hardware.World(0, 1, hardware.choose_device(c.device))
+    torch.set_num_threads(1 if g.jobs > 1 else torch.get_num_threads())
+    c = trainer.with_vocabulary(c, *(data.open_corpus(c.dataset, split) for split in ("train", "val")))
+    c, micro_steps = trainer.share_step(c, world)
+    c = dataclasses.replace(c, dtype=hardware.choose_dtype(c.dtype, world.device))
+    model = new_model(c.model, c.gpt, c.recurrent, c.seed).to(world.device)
+    x = torch.randint(c.gpt.vocab_size, (c.batch_size, c.gpt.block_size), device=world.device)  # (B, T)
+    optimizers, guard = optim.make_optimizers(model, c), trainer.Guard(world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=False)
+
+    def step() -> None:
+        trainer.train_step(model, iter([(x, x)] * micro_steps), micro_steps, optimizers, scaler, guard, c, world)
+
+    return hardware.fastest(step, world.device, seconds=1.0)
+
+
+def make_run(g: Grid, preset: str, settings: dict[str, Any], steps: int) -> lpa_runs.Run:
+    warmup = min(load_config([preset]).warmup_steps, steps // 10)
+    settings = settings | dict(max_steps=steps, warmup_steps=warmup, save_interval=max(1, steps // 4))
+    arguments = [preset, *as_arguments(settings)]
+    c = load_config(arguments)
+    corpora = [data.open_corpus(c.dataset, split) for split in ("train", "val")]
+    c, _ = trainer.share_step(trainer.with_vocabulary(c, *corpora), hardware.World(0, 1, torch.device("cpu")))
+    family = Path(preset).stem
+    row = lpa_runs.Row(Arm(family, f"width {c.gpt.n_embd}", preset, {}), c, arguments)
+    fingerprints = tuple(corpus.fingerprint for corpus in corpora)
+    return lpa_runs.Run(row, c, arguments, fingerprints, g.out_dir / family, tuning=False)

@@ -1,0 +1,252 @@
+"""The recurrent transformer against the plain loop of the paper's code, in float64.
+
+.venv/bin/pytest tests/test_recurrent.py        CPU, about 13 s
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_log, run_here
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+import recurrent
+from experiments import recurrent as comparison
+from model import GPTConfig, LowDim
+from recurrent import RecurrentConfig, RecurrentGPT
+
+W = 4
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=20, block_size=64, mlp="gelu", norm="layernorm")
+VARIANTS = {
+    "learned positions": dict(pos="learned"),
+    "no positions": dict(pos="none", n_layer=1),
+    "rope": dict(pos="rope"),
+    "shared rope, latents": dict(pos="rope", rope_dim=4, lowdim=LowDim(q=4, k=4, v=4, o=4), n_kv_head=1),
+    "post-norm, biases": dict(pos="learned", norm_order="post", bias=True),
+}
+
+
+def make(alpha: float = 0.5, learned: bool = False, seed: int = 1, **changes: object) -> RecurrentGPT:
+    """Weights ten times their usual size, so that every path through the blocks matters."""
+    c = GPTConfig(**SHAPE | dict(pos="learned") | changes)
+    model = RecurrentGPT(c, RecurrentConfig(W, alpha, learned), seed).double().eval()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            for p in block.parameters():
+                p.mul_(10 if p.ndim > 1 else 1)
+    return model
+
+
+def tokens(length: int, batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randint(20, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def plain(model: RecurrentGPT, idx: Tensor) -> Tensor:
+    """Section 1 of the notes on the paper, letter by letter, with the closing of this project -> logits."""
+    c, alpha = model.config, float(model.alpha)
+    x = model.transformer.wte.weight[idx]
+    if c.pos == "learned":
+        x = x + model.transformer.wpe.weight[: idx.size(1)]
+
+    def T(block: torch.nn.Module, z: Tensor) -> Tensor:
+        return block.add_sublayers(z, None if model.rotation is None else model.rotation[:, : z.size(1)])
+
+    for block in model.transformer.h:
+        parts = [x[:, i : i + W] for i in range(0, x.size(1), W)]
+        p, h, ys = parts[0], T(block, parts[0]), []
+        for new in parts[1:]:
+            m = new.size(1)
+            window = torch.cat([alpha * p + h, alpha * p[:, :m] + new], dim=1)
+            out = T(block, window)
+            y, h = out[:, :W], out[:, W:]
+            ys.append(y)
+            p = y
+        ys.append(T(block, alpha * p[:, : h.size(1)] + h))
+        x = torch.cat(ys, dim=1)
+    return model.lm_head(model.transformer.norm(x) if c.norm_order == "pre" else x)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_model_is_the_plain_loop_on_ragged_lengths(variant: str, alpha: float) -> None:
+    model = make(alpha, **VARIANTS[variant])
+    assert model.forgets == (alpha == 0)
+    for length in (1, 3, 4, 5, 7, 8, 9, 16, 22):
+        idx = tokens(length)
+        torch.testing.assert_close(model(idx), plain(model, idx), rtol=1e-11, atol=1e-11)
+
+
+def test_one_block_is_the_layer_twice_and_the_published_count() -> None:
+    model = make(0.5, n_layer=1, pos="none")
+    T = model.transformer.h[0]
+    x = model.transformer.wte(tokens(3))
+    expected = model.lm_head(model.transformer.norm(T(0.5 * x + T(x, None), None)))
+    torch.testing.assert_close(model(tokens(3)), expected)
+    shape = dict(n_layer=1, n_head=6, n_embd=96, vocab_size=16, block_size=4128, mlp="relu", norm="layernorm")
+    with torch.device("meta"):
+        copy = RecurrentGPT(GPTConfig(**shape, pos="learned", tie_embeddings=True), RecurrentConfig(32), None)
+    assert copy.n_params() == 508_705
+
+
+@pytest.mark.parametrize("variant", ["rope", "learned positions"])
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_logits_see_all_before_them_and_nothing_after(variant: str, alpha: float) -> None:
+    """Random changes of an embedding, since LayerNorm does not see a constant one."""
+    model = make(alpha, **VARIANTS[variant])
+    idx = tokens(19, batch=1)
+    for i in (0, 3, 4, 10, 18):
+        x = model.transformer.wte(idx).detach()
+        changed = x.clone()
+        changed[:, i] += torch.randn(x.size(-1), generator=torch.Generator().manual_seed(i))
+        outs = []
+        for z in (x, changed):
+            model.embed = lambda idx, positions, z=z: z
+            outs.append(model(idx))
+        moved = (outs[0] - outs[1]).abs().amax(-1)[0]  # (T,)
+        assert (moved[:i] == 0).all()
+        assert (moved[i:] > 1e-12).all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_prefix_has_the_logits_that_it_has_in_the_whole(alpha: float) -> None:
+    model, idx = make(alpha), tokens(21)
+    whole = model(idx)
+    for end in range(1, 22):
+        torch.testing.assert_close(model(idx[:, :end]), whole[:, :end], rtol=1e-11, atol=1e-11)
+
+
+def test_accumulating_carries_gradients_back_and_forgetting_does_not() -> None:
+    """Of the last position's loss: the first block's gradient as a share of the last one's, 17 blocks, at the start."""
+    reach, w = {}, 16
+    for alpha in (0.0, 0.5):
+        c = GPTConfig(**SHAPE | dict(n_layer=1, n_embd=64, n_head=4, mlp="relu", block_size=17 * w, pos="learned"))
+        model = RecurrentGPT(c, RecurrentConfig(w, alpha, False)).double()
+        x = model.embed(tokens(17 * w), slice(17 * w)).detach().requires_grad_()
+        model.embed = lambda idx, positions, x=x: x
+        model(tokens(17 * w), tokens(1)).backward()
+        norms = x.grad.unflatten(1, (17, w)).square().sum((0, 2, 3)).sqrt()
+        reach[alpha] = (norms[0] / norms[-1]).item()
+    assert reach[0.0] < 1e-6
+    assert reach[0.5] > 1e-2
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_flops_grow_as_the_length_and_are_those_that_are_counted(alpha: float) -> None:
+    counted = {}
+    model = make(alpha, block_size=512)
+    for length in (64, 128, 256):
+        with FlopCounterMode(display=False) as counter:
+            model(tokens(length))
+        counted[length] = counter.get_total_flops()
+    assert counted[256] / counted[128] == pytest.approx(2, rel=0.05)
+    assert model.flops_per_token() == model.flops_per_token(1)
+    # The counter sees products by a weight, but no fused attention; the keys of a left half are made twice to forget.
+    attention = 4 * model.window * model.config.n_layer * model.config.heads_dim * 2
+    again = 2 * 2 * 16 * 16 * 2 if alpha == 0 else 0
+    assert counted[256] / 512 == pytest.approx(model.flops_per_token() - attention + again, rel=0.03)
+
+
+def test_the_loss_of_fewer_targets_is_that_of_the_last_positions() -> None:
+    model, idx = make(0.5), tokens(11)
+    expected = torch.nn.functional.cross_entropy(model(idx)[:, -3:].flatten(0, 1), tokens(3).flatten())
+    torch.testing.assert_close(model(idx, tokens(3)).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_recomputing_and_compiling_change_no_gradient(alpha: float) -> None:
+    grads = {}
+    for kind in ("plain", "recompute", "compile"):
+        model = make(alpha, learned=alpha > 0).float().train()
+        for block in model.transformer.h:
+            block.recompute = "block" if kind == "recompute" else "none"
+            if kind == "compile":
+                block.compile(dynamic=False, backend="aot_eager")  # the graphs without the minutes of a C++ compiler
+        model(tokens(18), tokens(18, seed=1)).backward()
+        grads[kind] = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(grads["recompute"], grads["plain"])
+    torch.testing.assert_close(grads["compile"], grads["plain"], rtol=1e-4, atol=1e-5)
+
+
+# --- Generation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("prompt", [1, 4, 11])
+def test_generation_is_the_full_forward(variant: str, alpha: float, prompt: int) -> None:
+    model = make(alpha, **VARIANTS[variant])
+    text = tokens(prompt)
+    for token in recurrent.generate(model, text, 15, vocab_size=18, temperature=0):
+        logits = model(text)[:, -1, :18]
+        assert torch.equal(token, logits.argmax(-1))
+        text = torch.cat([text, token[:, None]], dim=1)
+    state = model.new_state()
+    pieces = [model(part, cache=state) for part in text.split([1, 2, text.size(1) - 3], dim=1)] if prompt > 1 else []
+    if pieces:
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(text), rtol=1e-11, atol=1e-11)
+
+
+def held_bytes(state: recurrent.State) -> int:
+    tensors = [state.open, *(t for pair in state.carried if pair for t in pair)]
+    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+
+def test_a_text_of_any_length_leaves_the_same_bytes_behind() -> None:
+    model = make(0.5, pos="none", block_size=8).float()
+    state, sizes = model.new_state(), []
+    with torch.no_grad():
+        for _ in range(8):
+            model(tokens(41), cache=state, last=True)
+            if state.open is None or state.open.size(1) == 1:
+                sizes.append(held_bytes(state) - (0 if state.open is None else state.open.untyped_storage().nbytes()))
+    assert len(set(sizes)) == 1
+    assert sizes[0] == 2 * 2 * 2 * W * 16 * 4  # p and h of 2 layers, 2 texts, W tokens of 16 floats
+    assert len(list(recurrent.generate(model, tokens(9), 40, vocab_size=20))) == 40  # far beyond block_size
+
+
+def test_learned_positions_end_or_begin_anew() -> None:
+    model = make(0.5, block_size=12)
+    assert len(list(recurrent.generate(model, tokens(8), 30, 20, beyond="stop"))) == 5
+    text = list(recurrent.generate(model, tokens(8), 30, 20, temperature=0))
+    assert len(text) == 30
+    with pytest.raises(ValueError, match="position 13 is beyond block_size = 12"):
+        model(tokens(13))
+
+
+# --- In the trainer ------------------------------------------------------------------------------------------------
+
+
+def test_train_py_trains_resumes_and_loads_it(corpus: Path, tmp_path: Path) -> None:
+    flags = ["--model=recurrent", "--window=8", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=20"]
+    flags += ["--lowdim.q=4", f"--dataset={corpus}", "--eval_tokens=400", "--device=cpu", "--log_interval=1"]
+    flags += ["--learning_rate=1e-2", "--eval_interval=0", "--max_steps=6"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_here(["train.py", *flags, f"--out_dir={whole}"])
+    run_here(["train.py", *flags, f"--out_dir={parts}", "--stop_step=3"])
+    run_here(["train.py", *flags, f"--out_dir={parts}", "--resume"])
+    models = [checkpoint.load_model(out, torch.device("cpu"))[0] for out in (whole, parts)]
+    assert isinstance(models[0], RecurrentGPT)
+    assert models[0].alpha.item() != 0.5
+    for a, b in zip(*(model.state_dict().values() for model in models)):
+        assert torch.equal(a, b)
+    losses = [line["loss"] for line in read_log(whole) if "loss" in line]
+    assert losses[-1] < losses[0]
+    with pytest.raises(Exception, match="window: the checkpoint has 8, this run 4"):
+        run_here(["train.py", *flags, f"--out_dir={parts}", "--resume", "--window=4"])
+    with pytest.raises(Exception, match="model: the checkpoint has recurrent, this run gpt"):
+        run_here(["train.py", *flags, f"--out_dir={parts}", "--resume", "--model=gpt"])
+
+
+def test_the_table_of_lengths_shows_what_a_text_leaves_behind(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    o = comparison.Options("lengths", lengths=(32, 64), plain_up_to=64, width=16, window=8, seconds=0.01, device="cpu")
+    lines = comparison.measure_lengths(dataclasses.replace(o, results=tmp_path))
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| recurrent", "| plain"))]
+    carried = {(row[0], row[1]): int(row[5].replace(",", "")) for row in rows}
+    for alpha in ("0.5", "0"):
+        assert {carried[f"recurrent, alpha {alpha}", T] for T in ("32", "64")} == {2 * 8 * 16 * 4}  # p and h
+    assert carried["plain", "64"] == 2 * carried["plain", "32"] == 2 * 64 * 16 * 4  # k and v
+    assert (tmp_path / "recurrent_lengths.png").exists()

@@ -1,0 +1,204 @@
+"""The scaling law: known constants come back, closed forms agree with brute force, and no law comes from too little.
+
+.venv/bin/pytest tests/test_scaling_law.py        CPU, about 12 s
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_plot import write_log
+
+from config import UserError, parse
+from experiments import scaling_law, scaling_plan
+from experiments.scaling_fit import Fit, Law, Points, best_law, compare, fit, gamma_of_runs, ratios
+
+HOFFMANN = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
+
+
+def grid(law: Law, noise: float = 0.0, n: int = 8, seed: int = 0) -> Points:
+    N, D = (v.ravel() for v in np.meshgrid(np.geomspace(1e6, 1e9, n), np.geomspace(1e8, 1e11, n)))
+    factor = np.exp(noise * np.random.default_rng(seed).standard_normal(n * n))
+    return Points("grid", N, D, law.loss(N, D) * factor)
+
+
+@pytest.mark.parametrize("true", [HOFFMANN, Law(1.82, 482.0, 0.3478, 2085.4, 0.3658), Law(0.5, 20.0, 0.6, 900.0, 0.45)])
+def test_noise_free_runs_give_all_five_constants_back(true: Law) -> None:
+    assert astuple(best_law(grid(true))) == pytest.approx(astuple(true), rel=1e-6)
+
+
+@pytest.mark.parametrize("noise", [0.002, 0.01])
+def test_noisy_runs_give_the_exponents_within_their_errors(noise: float) -> None:
+    f = fit(grid(HOFFMANN, noise), resamples=60)
+    for name in ("alpha", "beta"):
+        error = f.error(lambda law, name=name: getattr(law, name))
+        assert 0 < error < 0.05
+        assert abs(getattr(f.law, name) - getattr(HOFFMANN, name)) < 3 * error
+    best, low, high = f.interval(lambda law: law.beta)
+    assert low < best < high
+
+
+def test_one_run_that_went_wrong_hardly_moves_the_fit() -> None:
+    points = grid(HOFFMANN, 0.002)
+    points.loss[20] *= 1.2
+    assert abs(best_law(points).beta - HOFFMANN.beta) < 0.02
+
+
+@pytest.mark.parametrize("C", [1e16, 1e19, 3e21])
+def test_the_closed_forms_are_the_lowest_of_a_brute_search(C: float) -> None:
+    N = np.geomspace(1e3, 1e13, 400_001)
+    best = N[HOFFMANN.loss(N, C / 6 / N).argmin()]
+    n, d = HOFFMANN.optimum(C)
+    assert n == pytest.approx(best, rel=1e-3)
+    assert n * d * 6 == pytest.approx(C)
+    assert HOFFMANN.size(d) == pytest.approx(n)  # two roads to one frontier
+
+
+def test_kausiks_interval_prints_as_published() -> None:
+    lines = scaling_law.gamma_lines(options("runs.csv"), Fit(grid(HOFFMANN), HOFFMANN, (HOFFMANN,), ()))
+    assert "0.44 (0.44 to 0.44) and 0.72 (0.72 to 0.72)" in lines[0]
+    steep = dataclasses.replace(HOFFMANN, beta=0.6)
+    lines = scaling_law.gamma_lines(options("runs.csv"), Fit(grid(steep), steep, (steep,), ()))
+    assert "the lower end is taken as 0" in lines[1]
+
+
+def test_gamma_of_runs_finds_the_exponent_that_was_put_in() -> None:
+    """Each length has a size from which on the loss is flat: sizes grow as D^0.6."""
+    D, N = (v.ravel() for v in np.meshgrid([1e6, 4e6, 1.6e7, 6.4e7], np.geomspace(1e3, 1e8, 60)))
+    need = 10 * D**0.6
+    gamma, error, found, notes = gamma_of_runs(Points("x", N, D, 2 + np.maximum(0, np.log(need / N))), 0.02)
+    assert gamma == pytest.approx(0.6, abs=0.02)
+    assert error < 0.02
+    assert [n for _, n in found] == pytest.approx([10 * d**0.6 for d, _ in found], rel=0.1)
+    assert notes == []
+    flat = Points("x", N, D, np.full(len(N), 2.0))
+    gamma, _, found, notes = gamma_of_runs(flat, 0.02)
+    assert math.isnan(gamma)
+    assert found == []
+    assert "the smallest run is good enough already" in notes[0]
+
+
+def test_what_a_family_saves_is_what_was_put_in() -> None:
+    """B times 0.5^beta is half the data for the same loss; A times 0.7^alpha 0.7 of the size; both compute."""
+    halved = dataclasses.replace(HOFFMANN, B=HOFFMANN.B * 0.5**HOFFMANN.beta)
+    assert ratios(halved, HOFFMANN, 1e19).data == pytest.approx(0.5)
+    smaller = dataclasses.replace(HOFFMANN, A=HOFFMANN.A * 0.7**HOFFMANN.alpha)
+    assert ratios(smaller, HOFFMANN, 1e19).size == pytest.approx(0.7)
+    both = dataclasses.replace(smaller, B=halved.B)
+    assert ratios(both, HOFFMANN, 1e19).compute == pytest.approx(0.35)
+    assert ratios(dataclasses.replace(HOFFMANN, E=3.0), HOFFMANN, 1e19) == pytest.approx(
+        dataclasses.replace(ratios(both, HOFFMANN, 1e19), compute=math.inf, data=math.inf, size=math.inf)
+    )
+    fits = [fit(grid(law, 0.002, 5, seed), resamples=20) for law, seed in ((halved, 0), (HOFFMANN, 1))]
+    name, best, low, high = compare(*fits, 1e19)[1]
+    assert name == "data"
+    assert low <= best <= high
+    assert low < 0.5 < high or best == pytest.approx(0.5, abs=0.1)
+
+
+# --- What is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (grid(HOFFMANN).take(np.array([0, 9, 18, 27, 36])), "5 runs of 5 sizes N and 5 lengths D"),
+        (grid(HOFFMANN).take(np.arange(16)), "16 runs of 8 sizes N and 2 lengths D that can be fitted, wanted"),
+        (grid(dataclasses.replace(HOFFMANN, alpha=-0.1)), "alpha is"),
+        (grid(dataclasses.replace(HOFFMANN, B=1e-9), 0.01), "beta is"),
+    ],
+)
+def test_runs_without_a_law_are_refused(points: Points, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fit(points, resamples=40)
+
+
+def test_an_entropy_that_is_not_determined_is_said() -> None:
+    f = fit(grid(Law(1e-6, 8.0, 0.1, 20.0, 0.12), n=4), resamples=5)
+    assert any("at its bound of 0" in note for note in f.notes)
+    few = grid(HOFFMANN, n=3)
+    assert any("only 9 runs" in note for note in fit(few, resamples=5).notes)
+
+
+def test_runs_that_stopped_early_are_left_out_and_named(tmp_path: Path) -> None:
+    for steps in (10, 20, 30):
+        write_log(tmp_path / "family" / f"to_{steps}", steps=steps)
+    write_log(tmp_path / "family" / "one_epoch_rank", rank=4)
+    points = scaling_law.read((tmp_path / "family",), "total")
+    assert points.D.tolist() == [64 * 30, 64 * 30]
+    assert points.loss.tolist() == pytest.approx([3 - 0.3 + 0.1 + 1] * 2)
+    assert [note.split(" was ")[1].split(",")[0] for note in points.notes] == [
+        "evaluated last at step 10 of 30",
+        "evaluated last at step 20 of 30",
+    ]
+    blocks = scaling_law.read((tmp_path / "family",), "blocks")
+    assert (points.N - blocks.N).tolist() == [2 * 256 * 32] * 2  # embedding and head
+    with pytest.raises(UserError, match=r"2 runs of 2 sizes N .* left out: .*to_10"):
+        fit(points)
+
+
+# --- The command ---------------------------------------------------------------------------------------------------
+
+
+def options(*arguments: str) -> scaling_law.Options:
+    return parse([str(a) for a in arguments], scaling_law.Options)
+
+
+def write_csv(path: Path, points: Points) -> Path:
+    rows = [f"{n},{d},{loss}" for n, d, loss in zip(points.N, points.D, points.loss)]
+    path.write_text("\n".join(["N,D,loss", *rows]) + "\n")
+    return path
+
+
+def test_the_command_writes_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    a = write_csv(tmp_path / "a.csv", grid(dataclasses.replace(HOFFMANN, E=1.6), 0.002, 5))
+    b = write_csv(tmp_path / "b.csv", grid(HOFFMANN, 0.002, 5, seed=1))
+    out = tmp_path / "results" / "law"
+    scaling_law.main(options(a, "--against", b, "--budget=1e23", "--resamples=20", f"--out={out}"))
+    text = out.with_suffix(".md").read_text()
+    assert text.rstrip() in capsys.readouterr().out
+    assert "| alpha | 0.3" in text
+    assert "times what the largest run saw" in text
+    assert "## a against b" in text
+    assert out.with_suffix(".svg").exists()
+    (tmp_path / "bad.csv").write_text("N,D,loss\n1,2,3\n1,-2,3\n")
+    with pytest.raises(UserError, match=r"bad\.csv, line 3"):
+        scaling_law.main(options(tmp_path / "bad.csv"))
+    with pytest.raises(UserError, match="wanted either runs to read, or --plan"):
+        options()
+
+
+def test_the_plan_fills_the_hours_and_a_second_start_keeps_it(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling_plan, "seconds_per_step", lambda c, g: c.gpt.n_embd / 1e4)
+    g = scaling_plan.Grid(widths=(16, 32, 48), lengths=3, hours=0.1, dataset=str(corpus), out_dir=tmp_path)
+    sizes = [(preset, scaling_plan.shaped(g, preset, width)) for preset in g.presets for width in g.widths]
+    assert sizes[3][1]["lowdim"] == dict(q=4, k=4, v=4, o=4)
+    assert sizes[3][1]["learning_rate"] == pytest.approx(8e-4 * 192 / 16)
+    steps = scaling_plan.planned_lengths(g, sizes)
+    assert [steps[1] // steps[0], steps[2] // steps[1]] == [2, 2]
+    assert steps[2] * 512 <= 200_000  # what the corpus has
+    monkeypatch.setattr(scaling_plan, "seconds_per_step", lambda c, g: 1.0)
+    assert scaling_plan.planned_lengths(g, sizes) == steps
+    with pytest.raises(UserError, match="is of other options"):
+        scaling_plan.planned_lengths(dataclasses.replace(g, hours=1), sizes)
+    with pytest.raises(UserError, match="give more --hours"):
+        scaling_plan.planned_lengths(dataclasses.replace(g, out_dir=tmp_path / "other"), sizes)
+    assert json.loads((tmp_path / "plan.json").read_text())["steps"] == steps
+
+
+def test_a_planned_run_is_one_that_train_py_makes(tmp_path: Path, corpus: Path) -> None:
+    g = scaling_plan.Grid(widths=(16, 32, 48), dataset=str(corpus), out_dir=tmp_path, eval_tokens=128)
+    settings = scaling_plan.shaped(g, "config/lpa_cpu.py", 16) | dict(n_layer=1)
+    run = scaling_plan.make_run(g, "config/lpa_cpu.py", settings, steps=3)
+    scaling_plan.lpa_runs.train_all(scaling_plan.lpa_runs.Options(table="size"), [run], deadline=math.inf)
+    points = scaling_law.read((tmp_path / "lpa_cpu",), "total")
+    assert points.D.tolist() == [3 * 512]
+    assert points.N.tolist() == [scaling_plan.lpa_runs.count(run.config.gpt)[0]]
+    assert 0 < scaling_plan.seconds_per_step(run.config, dataclasses.replace(g, jobs=2)) < 60
