@@ -35,6 +35,27 @@ def keep_wide(widths: set[int], _context: Any, op: Any, *args: Any, **_kwargs: A
     return CheckpointPolicy.MUST_SAVE if wide or op in FUSED_ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+class GatedProduct(torch.autograd.Function):
+    """(silu(gate) * up) W^T, which keeps gate and up alone: silu and the product of both are a pass each to rebuild."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """gate and up (..., F), weight (C, F) -> (..., C)"""
+        ctx.save_for_backward(gate, up, weight)
+        return linear(F.silu(gate) * up, weight.to(gate.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, weight = ctx.saved_tensors
+        silu = F.silu(gate)
+        rows, h = grad.flatten(0, -2), (silu * up).flatten(0, -2)  # (N, C) and (N, F)
+        for_weight = linear(rows.T, h.T).to(weight.dtype)
+        for_h = linear(grad, weight.to(gate.dtype).T)  # (..., F)
+        for_gate = torch.ops.aten.silu_backward(for_h * up, gate)
+        return for_gate, for_h.mul_(silu), for_weight
+
+
 LOSS_CHUNK = 1024  # tokens whose logits are there together
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import factors
-from memory import HeadLoss, keep_wide
+from memory import GatedProduct, HeadLoss, keep_wide
 from products import linear, rms_norm
 
 
@@ -372,12 +372,23 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swiglu":
-            return self.down(F.silu(self.gate(x)) * self.up(x))
+            return self.close(self.gate(x), self.up(x))
         h = self.up(x)  # (B, T, F)
         if self.kind == "gelu":
             return self.down(F.gelu(h, approximate="tanh"))
         h = F.relu(h)
         return self.down(h if self.kind == "relu" else h * h)
+
+    def close(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The gated product, and down: of gate and up, each (B, T, F), to (B, T, C)."""
+        if self.closes_early and gate.device.type == "cpu":
+            return GatedProduct.apply(gate, up, self.down.weight)
+        return self.down(F.silu(gate) * up)
+
+    @property
+    def closes_early(self) -> bool:
+        """Whether down and its gate can be one step of autograd."""
+        return self.kind == "swiglu" and isinstance(self.down, Dense) and self.down.bias is None
 
 
 class Block(nn.Module):
@@ -400,15 +411,24 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor | None, cache: Cache | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). With `recompute`, backward rebuilds what it needs from x and what `keep` saves.
 
-        'latents' over 'none', 4 layers of C 1024 at rank 256, T 512, V 8192: 2.7 % more FLOPs; on one core of a busy
-        machine 1.04 of the CPU time in the fastest step of each, 0.98 (quartiles 0.96, 1.05) in the median of 7 pairs.
+        What 'latents' costs on a CPU is in results/cpu2.md. There the last product stands outside of what is run again:
+        autograd would find out that it needs nothing of it only after running it.
         """
         if self.recompute == "none" or cache is not None or not torch.is_grad_enabled():
             return self.add_sublayers(x, rotation, cache)
         options = dict(use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
         if self.recompute == "latents":
             options["context_fn"] = self.keep
+            if x.device.type == "cpu" and self.pre and self.mlp.closes_early and not self.dropout.p:
+                x, gate, up = checkpoint(self.until_gate, x, rotation, **options)
+                return x + self.mlp.close(gate, up)
         return checkpoint(self.add_sublayers, x, rotation, **options)
+
+    def until_gate(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The first sublayer, and the first two products of the second, which `keep` keeps anyway."""
+        x = x + self.attn(self.norm1(x), rotation)
+        normed = self.norm2(x)
+        return x, self.mlp.gate(normed), self.mlp.up(normed)
 
     def add_sublayers(self, x: Tensor, rotation: Tensor | None, cache: Cache | None = None) -> Tensor:
         if self.pre:

@@ -28,7 +28,7 @@ FEWEST_STEPS = 50
 
 @dataclass(frozen=True)
 class Grid:
-    presets: tuple[str, ...] = ("config/dense_cpu.py", "config/lpa_cpu.py")
+    presets: tuple[str, ...] = ("config/setting2_cpu_dense.py", "config/setting2_cpu.py")
     """A family each; the first is what the second is compared with."""
     widths: tuple[int, ...] = (48, 72, 112, 160)
     """n_embd of the models; ranks and the like in proportion, the learning rate as 1 / width."""

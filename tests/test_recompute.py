@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 from config import load_config
-from memory import FUSED_ATTENTION, HeadLoss
+from memory import FUSED_ATTENTION, GatedProduct, HeadLoss
 from model import GPT, GPTConfig, LowDim
 
 # Every width differs from every other, so that a product's shape tells which one it is.
@@ -230,3 +230,13 @@ def test_the_loss_goes_backward_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_the_gated_product_has_the_gradients_of_its_formula() -> None:
+    """In float64 against finite differences, and what it keeps: its three inputs and nothing of their shape besides."""
+    shapes = ((3, 8), (3, 8), (6, 8))
+    gate, up, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    y = GatedProduct.apply(gate, up, weight)
+    torch.testing.assert_close(y, (gate * gate.sigmoid() * up) @ weight.T)
+    assert torch.autograd.gradcheck(GatedProduct.apply, (gate, up, weight))
+    assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == {t.data_ptr() for t in (gate, up, weight)}

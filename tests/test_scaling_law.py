@@ -195,10 +195,10 @@ def test_the_plan_fills_the_hours_and_a_second_start_keeps_it(
 
 def test_a_planned_run_is_one_that_train_py_makes(tmp_path: Path, corpus: Path) -> None:
     g = scaling_plan.Grid(widths=(16, 32, 48), dataset=str(corpus), out_dir=tmp_path, eval_tokens=128)
-    settings = scaling_plan.shaped(g, "config/lpa_cpu.py", 16) | dict(n_layer=1)
-    run = scaling_plan.make_run(g, "config/lpa_cpu.py", settings, steps=3)
+    settings = scaling_plan.shaped(g, "config/setting2_cpu.py", 16) | dict(n_layer=1)
+    run = scaling_plan.make_run(g, "config/setting2_cpu.py", settings, steps=3)
     scaling_plan.lpa_runs.train_all(scaling_plan.lpa_runs.Options(table="size"), [run], deadline=math.inf)
-    points = scaling_law.read((tmp_path / "lpa_cpu",), "total")
+    points = scaling_law.read((tmp_path / "setting2_cpu",), "total")
     assert points.D.tolist() == [3 * 512]
     assert points.N.tolist() == [scaling_plan.lpa_runs.count(run.config.gpt)[0]]
     assert 0 < scaling_plan.seconds_per_step(run.config, dataclasses.replace(g, jobs=2)) < 60
