@@ -149,9 +149,8 @@ def activation_bytes_per_token(c: GPTConfig, dtype: str, recompute: str = "none"
     """Bytes that a training step keeps between forward and backward for each token, at a context of block_size.
 
     Storages are counted that a forward pass leaves alive, whatever holds them, on fake CPU tensors: there attention
-    is fused, and keeps its output and log-sum-exp. RMSNorm is not fused there as it is on CUDA: one that is not
-    recomputed is charged its float32 input and result, which a GPU would not keep. The difference of two batch sizes
-    leaves out what does not grow with the batch, such as the weights' copies in dtype.
+    is fused, and keeps its output and log-sum-exp. The difference of two batch sizes leaves out what does not grow with
+    the batch, such as the weights' copies in dtype.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -380,8 +380,8 @@ class MLP(nn.Module):
         return self.down(h if self.kind == "relu" else h * h)
 
     def close(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The gated product, and down: of gate and up, each (B, T, F), to (B, T, C)."""
-        if self.closes_early and gate.device.type == "cpu":
+        """The gated product, and down: of gate and up, each (B, T, F), to (B, T, C). torch.compile fuses by itself."""
+        if self.closes_early and not torch.compiler.is_compiling():
             return GatedProduct.apply(gate, up, self.down.weight)
         return self.down(F.silu(gate) * up)
 
@@ -411,15 +411,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor | None, cache: Cache | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). With `recompute`, backward rebuilds what it needs from x and what `keep` saves.
 
-        What 'latents' costs on a CPU is in results/cpu2.md. There the last product stands outside of what is run again:
-        autograd would find out that it needs nothing of it only after running it.
+        What 'latents' costs on a CPU is in results/cpu2.md. Where it can, the last product stands outside of what is
+        run again: autograd would find out only after running GatedProduct that it needs nothing of it.
         """
         if self.recompute == "none" or cache is not None or not torch.is_grad_enabled():
             return self.add_sublayers(x, rotation, cache)
         options = dict(use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
         if self.recompute == "latents":
             options["context_fn"] = self.keep
-            if x.device.type == "cpu" and self.pre and self.mlp.closes_early and not self.dropout.p:
+            if self.pre and self.mlp.closes_early and not self.dropout.p:
                 x, gate, up = checkpoint(self.until_gate, x, rotation, **options)
                 return x + self.mlp.close(gate, up)
         return checkpoint(self.add_sublayers, x, rotation, **options)

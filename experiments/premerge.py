@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import parse, user_errors
-from model import linear
+from products import linear
 
 
 @dataclass(frozen=True)

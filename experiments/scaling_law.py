@@ -1,7 +1,7 @@
 """How should the size of a model grow with its data? A law fitted to finished runs, and what follows from it.
 
     python -m experiments.scaling_law --plan --hours=6                             makes the runs of two families, then:
-    python -m experiments.scaling_law out/scaling/lpa_cpu --against out/scaling/dense_cpu
+    python -m experiments.scaling_law out/scaling/setting2_cpu --against out/scaling/setting2_cpu_dense
     python -m experiments.scaling_law runs.csv --budget=1e18 --tokens=1e9          a table with columns N, D and loss
 
 Fits L(N, D) = E + A / N^alpha + B / D^beta and prints the compute-optimal N and D of a budget, the N of a given D, the

@@ -41,7 +41,7 @@ class Options:
     rounds: int = 5
     """speed: the kinds take turns; the median of their ratios to dense counts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    preset: str = "config/lpa_cpu.py"
+    preset: str = "config/setting2_cpu.py"
     """train: with its attention made dense."""
     dataset: str = "pystdlib"
     steps: int = 800
