@@ -55,8 +55,6 @@ class Muon(torch.optim.Optimizer):
     bfloat16: whether the matrix is made orthogonal in it, which is enough, as the model's products are.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then leaves found_inf to us, and does not ask the host
-
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, bfloat16: bool = False) -> None:
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
         self.bfloat16 = bfloat16

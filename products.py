@@ -1,8 +1,8 @@
-"""Matrix products and RMSNorm, the fastest way that the machine at hand has.
+"""Matrix products and RMSNorm for a CPU in oneDNN and in few passes; elsewhere they are PyTorch's own.
 
 On a CPU PyTorch gives float32 products to MKL, which leaves half of an AMD processor idle: a product of 1024 x 1024 by
 1024 x 1024 ran at 192 GFLOP/s on two cores of an EPYC, and at 409 in oneDNN, which PyTorch brings along and uses where
-the products are of bfloat16 (`python -m experiments.products`).
+the products are of bfloat16 (`python -m experiments.products`). torch.backends.mkldnn.flags(enabled=False) avoids it.
 
 Shapes: N rows, all leading dimensions together; C the width that is normed.
 """
@@ -34,7 +34,7 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether the operator by which torch.compile calls oneDNN for float32 takes these here."""
     if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return False  # bfloat16 goes to oneDNN by itself
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,12 +78,13 @@ class Linear(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x (..., C) over the root of its mean square, times weight (C) of the same dtype. As F.rms_norm.
 
-    Where nothing compiles it, a CPU runs that in many passes over x, and its backward in more: they take 2 to 3 times
-    as long as those of the function below (`python -m experiments.products`).
+    Where nothing compiles it, a CPU runs that in many passes over x, and its backward in more, which takes longer than
+    the function below (`python -m experiments.products`). Never under autocast, whose copies would be float32.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and torch.is_grad_enabled():
         return RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -94,7 +95,7 @@ class RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sums(x))  # (..., 1)
         r = (length.square() / x.size(-1) + eps).rsqrt()
         ctx.save_for_backward(x, weight, r)
-        y = x * r.to(x.dtype)
+        y = torch.mul(x, r, out=torch.empty_like(x))  # rounded once
         return y if weight is None else y.mul_(weight)
 
     @staticmethod
@@ -105,11 +106,12 @@ class RMSNorm(torch.autograd.Function):
         product = grad * x  # (..., C)
         for_weight = None
         if weight is not None:
-            normed = product * r.to(x.dtype)
+            normed = torch.mul(product, r, out=torch.empty_like(x))
             for_weight = normed.sum(tuple(range(x.ndim - 1)), dtype=sums(x)).to(weight.dtype)
             product, grad = product * weight, grad * weight
         mean = product.sum(-1, keepdim=True, dtype=sums(x)) / x.size(-1)
-        return torch.addcmul(grad * r.to(x.dtype), x, (-(r**3) * mean).to(x.dtype)), for_weight, None
+        for_x = torch.mul(grad, r, out=torch.empty_like(x))
+        return for_x.sub_(torch.mul(x, r**3 * mean, out=product)), for_weight, None
 
 
 def sums(x: Tensor) -> torch.dtype:

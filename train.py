@@ -49,8 +49,8 @@ def main(c: TrainConfig) -> None:
     if world.device.type == "cpu":
         hardware.keep_freed_memory()
     stop_signal = hardware.catch_signals()
-    dtype = world.from_rank_0(lambda: hardware.choose_dtype(c.dtype, world.device))
-    c = dataclasses.replace(c, dtype=dtype)
+    automatic = c.dtype == "auto"
+    c = dataclasses.replace(c, dtype=world.from_rank_0(lambda: hardware.choose_dtype(c.dtype, world.device)))
 
     # Data
     world.from_rank_0(lambda: prepare_missing(c.dataset))
@@ -74,6 +74,9 @@ def main(c: TrainConfig) -> None:
     folder, manifest = world.from_rank_0(lambda: prepare_run(run, c.resume, state))
     if folder is not None:
         state |= {name: manifest.get(name) for name in ("step", "seconds", "best_val_loss", "wandb_id", "stage")}
+        if automatic:  # as the run began, whatever this machine would choose today
+            c = dataclasses.replace(c, dtype=manifest["options"]["dtype"])
+            state["options"]["dtype"] = c.dtype
     guiding = state["step"] < guided_steps
     model, optimizers, scaler, energy = build(c, folder, guiding, world, train_data.meta["tokenizer"])
     parallel = compile_and_wrap(model, c, world)
@@ -289,8 +292,9 @@ def open_data(c: TrainConfig, stage: dict[str, float] | None) -> tuple[data.Corp
 
 def at_stage(c: TrainConfig, stage: dict[str, float] | None) -> TrainConfig:
     """The options with the learning rate of a stage of the curriculum."""
-    share = stage["rate"] if stage else 1.0
-    return dataclasses.replace(c, learning_rate=c.learning_rate * share, min_lr=c.min_lr * share) if stage else c
+    if stage is None:
+        return c
+    return dataclasses.replace(c, learning_rate=c.learning_rate * stage["rate"], min_lr=c.min_lr * stage["rate"])
 
 
 def judge(model: GPT, windows: Any, c: TrainConfig, world: World, state: dict[str, Any], log: "Log") -> None:
@@ -465,12 +469,12 @@ class Log:
         path.with_suffix(".tmp").replace(path)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (stays open; a line at a time reaches the disk)
         versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
-        on = hardware.describe(world.device)
+        on, dtype = hardware.describe(world.device), state["options"]["dtype"]
         self.write(
             dict(step=state["step"], versions=versions, device=on, ranks=world.size, matmul_flops=self.matmul_rate)
             | dict(options=state["options"], parameters=str(model).splitlines())
         )
-        self.say(f"torch {torch.__version__} on {on}: {self.matmul_rate / 1e12:.3g} TFLOP/s in large matrix products\n")
+        self.say(f"torch {torch.__version__} on {on}: {self.matmul_rate / 1e12:.3g} TFLOP/s in large matrix products of {dtype}\n")
 
     def open_wandb(self, run: Path, state: dict[str, Any]) -> None:
         try:

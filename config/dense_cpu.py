@@ -3,7 +3,7 @@
 launch    python train.py config/dense_cpu.py
 hardware  2 CPU cores
 time      see `python bench.py config/lpa_cpu.py --mode=train`
-loss      see results/optimizers.md, after 500 steps
+loss      see results/optimizers.md, after 300 steps
 """
 
 from config.lpa_cpu import *  # noqa: F403

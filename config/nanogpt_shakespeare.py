@@ -3,7 +3,7 @@
 launch    python train.py config/nanogpt_shakespeare.py
 hardware  2 CPU cores
 time      60 s of training
-loss      1.905 at the end, the median of three seeds (results/time_to_loss_shakespeare_char.md)
+loss      1.905, the best of each run, the median of three seeds (results/time_to_loss_shakespeare_char.md)
 """
 
 out_dir = "out/nanogpt_shakespeare"

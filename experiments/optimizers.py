@@ -64,12 +64,13 @@ class Options:
     """A corpus in place of the preset's own."""
     steps: int = 500
     seeds: int = 2
-    adamw_rates: tuple[float, ...] = (2e-3, 4e-3)
-    muon_rates: tuple[float, ...] = (4e-3, 8e-3)
+    adamw_rates: tuple[float, ...] = (7e-4, 1.4e-3)
+    muon_rates: tuple[float, ...] = (2.5e-3, 5e-3)
     eval_tokens: int = 200_000
 
 
 def main(o: Options) -> None:
+    torch.set_flush_denormal(True)  # a rate too high leaves activations that a CPU takes a hundred times as long for
     done = Path("out/optimizers/runs.jsonl")
     done.parent.mkdir(parents=True, exist_ok=True)
     table = {}
@@ -97,10 +98,10 @@ def run(o: Options, name: str, arm: Arm, rate: float, seed: int, done: Path) -> 
 
 
 def config(o: Options, arm: Arm, rate: float, seed: int) -> TrainConfig:
-    """Constant, then linear to zero over the last half: the schedule that suits short runs of either optimizer."""
+    """A tenth of warm-up, constant, then linear to zero over the last half: it suits short runs of either optimizer."""
     flags = [f"--max_steps={o.steps}", f"--seed={seed}", f"--learning_rate={rate}", f"--optimizer={arm.optimizer}"]
-    flags += ["--schedule=wsd", "--decay_share=0.5", "--min_lr=0", "--warmup_steps=0", "--weight_decay=0.1"]
-    flags += [f"--eval_tokens={o.eval_tokens}"]
+    flags += ["--schedule=wsd", "--decay_share=0.5", "--min_lr=0", "--weight_decay=0.1"]
+    flags += [f"--warmup_steps={o.steps // 10}", f"--eval_tokens={o.eval_tokens}"]
     flags += [f"--lowdim.{name}=0" for name in "qkvo" if not arm.low_rank]
     return load_config([o.preset, *flags, *([f"--dataset={o.dataset}"] if o.dataset else [])])
 
@@ -182,6 +183,7 @@ class FactorMuon(optim.Muon):
             update[rest] = optim.orthogonal(momentum[rest], self.bfloat16)
         heads = momentum[mine].unflatten(1, (-1, self.head_dim))  # (N, H, D, R)
         update[mine] = optim.orthogonal(heads.flatten(0, 1), self.bfloat16).view_as(heads).flatten(1, 2)
+        update[mine] *= (max(heads.shape[-2:]) / max(momentum.shape[-2:])) ** 0.5  # step_batch scales for the whole
         return update
 
 

@@ -550,7 +550,12 @@ def test_auto_precision_follows_the_measured_rates(monkeypatch: pytest.MonkeyPat
     assert hardware.choose_dtype("float16", cpu) == "float16"
 
 
-def test_a_run_in_automatic_precision_tells_which_it_is(corpus: Path, tmp_path: Path) -> None:
-    run_here(arguments(corpus, tmp_path / "run", "--dtype=auto", "--max_steps=2"))
-    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    assert first["options"]["dtype"] in ("float32", "bfloat16")
+def test_automatic_precision_is_chosen_once_in_a_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume goes on in the precision of the checkpoint, whatever the machine would choose by then."""
+    for choice, more in (("bfloat16", ["--stop_step=1"]), ("float32", ["--resume"])):
+        monkeypatch.setattr(hardware, "choose_dtype", lambda *_, choice=choice: choice)
+        run_here(arguments(corpus, tmp_path / "run", "--dtype=auto", "--max_steps=2", *more))
+    lines = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert [line["options"]["dtype"] for line in lines if "options" in line] == ["bfloat16", "bfloat16"]
