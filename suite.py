@@ -4,9 +4,9 @@
     python bench.py --mode=suite --suite_dir=out        elsewhere
 
 Each row is a bench.py command of its own, in a process of its own, that anyone can run by hand. The file is written
-after each row, so the same command goes on where it was stopped: rows that are there, measured with the same versions of
-Python, torch and transformers on a device of the same description, are passed over. The code may have changed since: to
-measure a row again, delete it from the file, or the file.
+after each row, so the same command goes on where it was stopped: rows that are there, measured with the same versions
+of Python, torch and transformers on a device of the same description, are passed over. The code may have changed since:
+to measure a row again, delete it from the file, or the file.
 """
 
 import datetime

@@ -474,7 +474,8 @@ class Log:
             dict(step=state["step"], versions=versions, device=on, ranks=world.size, matmul_flops=self.matmul_rate)
             | dict(options=state["options"], parameters=str(model).splitlines())
         )
-        self.say(f"torch {torch.__version__} on {on}: {self.matmul_rate / 1e12:.3g} TFLOP/s in large matrix products of {dtype}\n")
+        rate = f"{self.matmul_rate / 1e12:.3g} TFLOP/s in large {dtype} products"
+        self.say(f"torch {torch.__version__} on {on}: {rate}\n")
 
     def open_wandb(self, run: Path, state: dict[str, Any]) -> None:
         try:
