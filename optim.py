@@ -55,8 +55,8 @@ class Muon(torch.optim.Optimizer):
     bfloat16: whether the matrix is made orthogonal in it, which is enough, as the model's products are.
     """
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, bfloat16: bool = False) -> None:
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+    def __init__(self, groups: list[dict], lr: float, bfloat16: bool = False) -> None:
+        super().__init__(groups, dict(lr=lr, momentum=momentum(0), weight_decay=0.0))
         self.bfloat16 = bfloat16
         self.found_inf: Tensor | None = None
 

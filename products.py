@@ -1,7 +1,7 @@
 """Matrix products and RMSNorm for a CPU in oneDNN and in few passes; elsewhere they are PyTorch's own.
 
 On a CPU PyTorch gives float32 products to MKL, which leaves half of an AMD processor idle: a product of 1024 x 1024 by
-1024 x 1024 ran at 192 GFLOP/s on two cores of an EPYC, and at 409 in oneDNN, which PyTorch brings along and uses where
+1024 x 1024 ran at 168 GFLOP/s on two cores of an EPYC, and at 395 in oneDNN, which PyTorch brings along and uses where
 the products are of bfloat16 (`python -m experiments.products`). torch.backends.mkldnn.flags(enabled=False) avoids it.
 
 Shapes: N rows, all leading dimensions together; C the width that is normed.

@@ -11,7 +11,6 @@ to measure a row again, delete it from the file, or the file.
 
 import datetime
 import json
-import os
 import platform
 import re
 import shlex
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+import checkpoint
 import hardware
 from config import UserError
 
@@ -156,9 +156,7 @@ def write(path: Path, text: str) -> None:
     """Whole or not at all: an interrupted suite keeps what it has."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(text)
-        os.replace(part, path)
+        checkpoint.write_whole(path, text)
     except OSError as error:
         raise UserError(f"cannot write to suite_dir {path.parent}: {error.strerror}") from None
 
