@@ -71,7 +71,7 @@ SCALES = {
         flops_per_second=dict(
             float32=40e9
         ),  # one of two jobs on an idle 2-core EPYC: 16,000 tokens/s of the dense model
-        warmup_share=0.02,
+        warmup_share=0.05,
         tokens=20 * 302_000,
     ),
 }

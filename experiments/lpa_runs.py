@@ -189,11 +189,14 @@ def best_rate(o: Options, row: Row) -> float:
 
 
 def comparable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without those that change no result: some never do, some are of other models or data."""
+    """The options that are not as their defaults, but for those that change no result: some never do, some are of
+    other models or data. An option that comes in later, its default being what was done before, changes nothing."""
     silent = {"out_dir", "resume", "wandb"}
     silent |= {"model", "recurrent"} if options.get("model", "gpt") == "gpt" else set()
     silent |= {"task"} if options["dataset"] not in TASKS else set()
-    return {name: value for name, value in options.items() if name not in silent}
+    defaults = dataclasses.asdict(TrainConfig())
+    changed = {name: value for name, value in options.items() if name not in silent and value != defaults.get(name)}
+    return changed | dict(gpt={k: v for k, v in options["gpt"].items() if v != defaults["gpt"].get(k)})
 
 
 def finished(run: Run) -> bool:
