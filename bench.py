@@ -38,6 +38,7 @@ import optim
 import train
 from config import TrainConfig, UserError, load_config, user_errors
 from model import GPT, GPTConfig, LowDim
+from parallel import World, spread
 
 
 @dataclass(frozen=True)
@@ -345,18 +346,18 @@ def prompt_length(c: BenchConfig, gpt: GPTConfig) -> int:
     return gpt.block_size - c.decode_tokens if c.context is None else c.context
 
 
-def compile_it(model: GPT | HuggingFace, options: TrainConfig, world: hardware.World) -> None:
+def compile_it(model: GPT | HuggingFace, options: TrainConfig, world: World) -> None:
     if isinstance(model, HuggingFace):
         model.compile_as(hardware.choose_compile(options.compile, world.device))
     else:
-        train.compile_and_wrap(model, options, world)
+        spread(model, options, world)
 
 
 def training(
     model: GPT | HuggingFace, x: Tensor, y: Tensor, options: TrainConfig, device: torch.device
 ) -> Callable[[], None]:
     """A whole step as train.py runs it: forward, backward, clipping, optimizer."""
-    world = hardware.World(rank=0, size=1, device=device)
+    world = World(0, 1, device)
     compile_it(model, options, world)
     optimizers = optim.make_optimizers(model, options)
     scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
@@ -372,7 +373,7 @@ def evaluation(
     model: GPT | HuggingFace, x: Tensor, y: Tensor, options: TrainConfig, device: torch.device
 ) -> Callable[[], None]:
     model.eval()
-    compile_it(model, options, hardware.World(rank=0, size=1, device=device))
+    compile_it(model, options, World(0, 1, device))
 
     @torch.no_grad()
     def evaluate() -> None:

@@ -26,8 +26,8 @@ import data
 import hardware
 from config import UserError, parse, user_errors
 from data.tokenizers import Tokenizer
-from hardware import World
 from model import GPT
+from parallel import World, join_world
 
 CHUNK = 1 << 20  # tokens that are decoded at a time
 
@@ -58,7 +58,7 @@ class EvalConfig:
 def main(c: EvalConfig) -> None:
     if not c.run.is_dir():
         raise UserError(f"no run folder {c.run}; wanted one that train.py wrote, such as out/lpa_cpu")
-    world = hardware.join_world(c.device)
+    world = join_world(c.device)
     model, tokenizer, manifest = checkpoint.load_model(c.run, world.device)
     corpus = data.open_corpus(c.dataset or manifest["options"]["dataset"], c.split)
     require_tokenizer(corpus, manifest["tokenizer"])

@@ -1,20 +1,16 @@
-"""The machine: its processes and signals, which device, which precision, whether to compile, and how fast it is."""
+"""The machine: which device, which precision, whether to compile, and how fast it is."""
 
 import contextlib
 import ctypes
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from config import UserError
 from products import linear
@@ -41,77 +37,18 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among those of the run, and its device."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over ranks of a tensor on the device; no synchronisation with the host."""
-        if self.size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-        return value / self.size
-
-    def from_rank_0(self, f: Callable[[], Any]) -> Any:
-        """What f returns on rank 0, on all ranks; a UserError there is one on all of them."""
-        answer = [None, None]
-        if self.rank == 0:
-            try:
-                answer[0] = f()
-            except UserError as error:
-                answer[1] = str(error)
-        if self.size > 1:
-            dist.broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise UserError(answer[1])
-        return answer[0]
-
-    def any_signal(self, caught: list[str]) -> str | None:
-        """The signal that any rank has caught, agreed over the CPU so that the device need not wait."""
-        if self.size > 1:
-            number = torch.tensor(signal.Signals[caught[0]] if caught else 0)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            return signal.Signals(number.item()).name if number else None
-        return caught[0] if caught else None
-
-    def leave(self) -> None:
-        """Together: a rank that goes while another still saves would break its connections."""
-        if self.size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-
-
-def join_world(device: str) -> World:
-    """torchrun says who we are; without it we are alone."""
-    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), choose_device(device))
-    if world.size > 1 and world.device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device)
-    elif world.size > 1:
-        dist.init_process_group("gloo")
-    return world
-
-
-def catch_signals() -> list[str]:
-    """A list to which SIGTERM and SIGINT add their names; a second Ctrl-C stops at once."""
-    caught: list[str] = []
-
-    def remember(number: int, _frame: Any) -> None:
-        caught.append(signal.Signals(number).name)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, remember)
-    signal.signal(signal.SIGINT, remember)
-    return caught
-
-
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
     """Matrix products in dtype; nothing for float32."""
     return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
+
+
+def prepare(device: torch.device, deterministic: bool = False) -> None:
+    """Settings of this process, before it computes. deterministic: on CUDA too the same bits each time, more slowly."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory() -> None:

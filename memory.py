@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from products import linear
+from products import linear, sums
 
 # The attention kernels that never form T x T scores, by device and by what they can take
 FUSED_ATTENTION = {
@@ -72,11 +72,12 @@ class HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         """x (B T, C), weight (V, C), bias (V) or None, targets (B T) -> the sum of the losses in nats, float32."""
         w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        loss = torch.zeros((), device=x.device)
+        exact = sums(x)
+        loss = torch.zeros((), device=x.device, dtype=exact)
         grad_x, grad_w, grad_b = torch.empty_like(x), None, None
         for start in range(0, len(x), LOSS_CHUNK):
             chunk, y = x[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK, None]
-            log_p = F.log_softmax(linear(chunk, w, b), -1, dtype=torch.float32)  # (LOSS_CHUNK, V)
+            log_p = F.log_softmax(linear(chunk, w, b), -1, dtype=exact)  # (LOSS_CHUNK, V)
             loss -= log_p.gather(1, y).sum()
             if not with_gradients:
                 continue
@@ -96,6 +97,6 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_w, grad_b = ctx.saved_tensors
         # float32, as a mean's 1 / (B T) is not a power of two and bfloat16 would round it for all tokens alike
-        grad_x = (grad_x.float() * grad).to(grad_x.dtype)
+        grad_x = (grad_x.to(sums(grad_x)) * grad).to(grad_x.dtype)
         # In place, as a second (V, C) would be as large as the head; autograd refuses to run such a backward twice.
         return grad_x, grad_w.mul_(grad), None if grad_b is None else grad_b * grad, None, None

@@ -2,53 +2,62 @@
 
     python train.py config/lpa_cpu.py                                       one process, CPU or one GPU
     torchrun --nproc_per_node=8 train.py config/lpa_370m.py                 many GPUs of one machine
+    torchrun --nproc_per_node=8 train.py config/lpa_3b.py --shard           the model spread over them (FSDP)
     torchrun --nproc_per_node=2 train.py config/lpa_cpu.py --device=cpu     the same on a CPU, over gloo
     python train.py config/lpa_cpu.py --max_steps=2000 --resume             go on where the last checkpoint is
     python train.py config/lpa_cpu.py --init_from=out/dense_cpu             begin with that model's weights, truncated
 
 A run writes out/RUN/config.json, log.jsonl (a line per logged step and evaluation) and ckpt/ (see checkpoint.py).
-SIGTERM and Ctrl-C save at the next step and exit with code 0.
+SIGTERM, Ctrl-C and max_hours save, write out/RUN/stopped.json and exit with code 0.
 """
 
-import contextlib
 import dataclasses
+import datetime
 import hashlib
 import importlib
 import itertools
 import json
 import math
-import platform
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
 import data
+import decode
 import hardware
 import optim
+import parallel
+import recurrent
 import structured
 from config import TrainConfig, UserError, load_config, user_errors
 from data import copying
 from data.copying import Copying
-from data.tokenizers import load_tokenizer
-from hardware import World
+from data.tokenizers import Tokenizer, load_tokenizer
+from log import Log
 from model import GPT, LowDim
+from parallel import Watch, World
 from recurrent import RecurrentGPT, new_model
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
+RECENT_STEPS = 128  # whose spread says what a spike is
+SAMPLE_TOKENS = 200
 
 
 def main(c: TrainConfig) -> None:
-    world = hardware.join_world(c.device)
-    if world.device.type == "cpu":
-        hardware.keep_freed_memory()
-    stop_signal = hardware.catch_signals()
+    world = parallel.join_world(c.device, c.hang_timeout)
+    with parallel.roll_call(world, c.hang_timeout):
+        pretrain(c, world)
+        world.leave()
+
+
+def pretrain(c: TrainConfig, world: World) -> None:
+    hardware.prepare(world.device, c.deterministic)
+    watch = Watch(world, c.max_hours)
     automatic = c.dtype == "auto"
     c = dataclasses.replace(c, dtype=world.from_rank_0(lambda: hardware.choose_dtype(c.dtype, world.device)))
 
@@ -62,25 +71,26 @@ def main(c: TrainConfig) -> None:
     tokens_per_step = c.batch_size * c.gpt.block_size * world.size * micro_steps
     windows = data.eval_windows(val_data, c.gpt.block_size, c.eval_tokens)
     c, guided_steps, new_steps = plan_guide(c)
-    bits_per_byte = val_data.tokens / val_data.bytes / math.log(2)  # of a loss of one nat per token
 
     # Model and optimizer: new, or as the last checkpoint has them
     run = Path(c.out_dir)
     order = dict(data=train_data.fingerprint, seed=c.seed, tokens_per_step=tokens_per_step, optimizer=c.optimizer)
     if guided_steps:
         order |= dict(guided_steps=guided_steps, new_steps=new_steps)
-    state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, stage=stage)
+    state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, stage=stage, guard=None, scaler=None)
+    saved_state = tuple(state)
     state |= dict(order=order, options=dataclasses.asdict(c))
-    folder, manifest = world.from_rank_0(lambda: prepare_run(run, c.resume, state))
+    folder, manifest = world.from_rank_0(lambda: prepare_run(run, c, state))
     if folder is not None:
-        state |= {name: manifest.get(name) for name in ("step", "seconds", "best_val_loss", "wandb_id", "stage")}
+        state |= {name: manifest.get(name) for name in saved_state}
         if automatic:  # as the run began, whatever this machine would choose today
             c = dataclasses.replace(c, dtype=manifest["options"]["dtype"])
             state["options"]["dtype"] = c.dtype
     guiding = state["step"] < guided_steps
-    model, optimizers, scaler, energy = build(c, folder, guiding, world, train_data.meta["tokenizer"])
-    parallel = compile_and_wrap(model, c, world)
-    guard = Guard(world.device)
+    model, spread, optimizers, energy = build(c, folder, guiding, world, train_data.meta["tokenizer"])
+    scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == "float16")
+    scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+    guard = Guard(world.device, c.skip_spikes, state["guard"])
 
     last_step = c.max_steps if c.stop_step is None else min(c.max_steps, c.stop_step)
     log = Log(run, c, state, model, tokens_per_step, last_step, world)
@@ -96,73 +106,75 @@ def main(c: TrainConfig) -> None:
     if guided_steps:
         log.say(f"self-guided: {guided_steps:,} steps; {c.max_steps:,} in all, {new_steps:,} of them over new batches")
     log.say(f"going on from {folder}" if folder else f"writing to {run}")
-
     if folder is None and c.init_from is not None:
         log.say(f"weights of {c.init_from}; {checkpoint.energy_table(energy)}")
         log.write(dict(step=0, energy_kept=energy))
-        start_loss = evaluate(model, val_data, windows, c, world, stop_signal)
-        log.evaluation(0, start_loss, start_loss * bits_per_byte)
-        log.start_clock(0)
 
-    def save() -> None:
-        if world.rank == 0:
-            state.update(seconds=log.seconds, wandb_id=log.wandb_id)
-            tensors = dict(model=model.state_dict(), scaler=scaler.state_dict())
-            tensors["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            checkpoint.save(run, tensors, state, tokenizer)
+    saver, saved_step = checkpoint.Saver(run, tokenizer, world, c.shard), state["step"] if folder else -1
 
-    # Training. `step` counts finished updates. The log's clock stands still while we evaluate and save.
-    while (step := state["step"]) < last_step:
+    def save() -> int:
+        state.update(seconds=log.seconds, wandb_id=log.wandb_id, guard=guard.state(), scaler=scaler.state_dict())
+        parts = dict(model=model.state_dict(), optimizer=checkpoint.optimizer_tensors(model, optimizers))
+        saver.save(parts, state)
+        log.start_clock(state["step"])
+        return state["step"]
+
+    # Training. `step` counts finished updates. The log's clock stands still while we evaluate and save. What has its
+    # turn after a step is saved before it is evaluated, so that a run which ends in between takes it up again.
+    while True:
+        step = state["step"]
+        if guiding and step == guided_steps:  # as a resume from here would, the run goes on without the guides
+            del spread, model, optimizers
+            folder, guiding = world.from_rank_0(saver.newest), False
+            model, spread, optimizers, _ = build(c, folder, guiding, world)
+        if evaluation_due(step, last_step, c, state["stage"], log.evaluated, new=folder is None):
+            val_loss = evaluate(model, open_data(c, state["stage"])[1], windows, c, world, watch)
+            if math.isfinite(val_loss):  # else a signal cut it short, or the model is lost
+                report_evaluation(step, val_loss, model, c, world, state, log)
+            if step and val_loss < (state["best_val_loss"] or math.inf):
+                saved_step = saved_step if saved_step == step else save()
+                state["best_val_loss"] = val_loss
+                saver.mark_best(step, val_loss)
+            log.start_clock(step)
+        if step and due(step, c.sample_interval) and step not in log.sampled:
+            log.sample(step, write_sample(model, tokenizer, c, world))
+            log.start_clock(step)
+        if saver.failure() and c.save_errors == "stop":
+            watch.caught.append("a save that failed")
+        reason = watch.stop()
+        if step >= last_step or reason:
+            break
+
         if state["stage"]:
-            if step and due(step, c.eval_interval):  # after saving, so that a resume judges again, and alike
-                judge(model, windows, c, world, state, log)
-            train_data, val_data = open_data(c, state["stage"])
+            train_data = open_data(c, state["stage"])[0]
             log.length_share = train_data.tokens / c.gpt.block_size
         rate = optim.set_learning_rate(optimizers, step, at_stage(c, state["stage"]))
         seed_dropout(c.seed, step, world.rank)
         if guiding:
             structured.set_guides(model, step, guided_steps, c.seed)
         batches = micro_batches(train_data, c, step % new_steps, micro_steps, world)
-        loss, norm = train_step(parallel, batches, micro_steps, optimizers, scaler, guard, c, world)
+        loss, norm = train_step(spread, batches, micro_steps, optimizers, scaler, guard, c, world)
         state["step"] = step = step + 1
 
-        asked = world.any_signal(stop_signal)
-        ending = step == last_step or asked is not None
-        evaluating = asked is None and (step == last_step or (due(step, c.eval_interval) and not state["stage"]))
-        unguided_from_here = step == guided_steps
-        saving = ending or unguided_from_here or due(step, c.save_interval)
-        if log.first or evaluating or saving or due(step, c.log_interval):
-            log.step(step, loss.item(), norm.item(), rate, guard)  # here, and only here, the host waits for the device
+        unguided_from_here = guiding and step == guided_steps
+        saving = step == last_step or unguided_from_here or due(step, c.save_interval)
+        if log.first or saving or due(step, c.log_interval) or due(step, c.eval_interval):
+            log.step(step, loss.item(), norm.item(), rate, guard.skipped.item())  # here alone the host waits
             guard.stop_if_lost(step)
         if unguided_from_here:
             structured.drop_guides(model, optimizers)
-        if saving:  # before the evaluation, which may take long and be cut short
-            save()
-        if evaluating:
-            val_loss = evaluate(model, val_data, windows, c, world, stop_signal)  # nan where a signal cut it short
-            asked = world.any_signal(stop_signal)
-            better = val_loss < (state["best_val_loss"] or math.inf)
-            if asked is None:
-                extra = copy_report(model, val_data, c, world, state["stage"]) if state["stage"] else {}
-                log.evaluation(step, val_loss, val_loss * bits_per_byte, extra)
-            if (better or asked is not None) and not saving:
-                save()
-            if better:
-                state["best_val_loss"] = val_loss
-                if world.rank == 0:
-                    checkpoint.mark_best(run, step, val_loss)
-        if unguided_from_here and not ending:  # as a resume from here would
-            del parallel, model, optimizers
-            folder, guiding = world.from_rank_0(lambda: checkpoint.newest(run)[0]), False
-            model, optimizers, scaler, _ = build(c, folder, guiding, world)
-            parallel = compile_and_wrap(model, c, world)
-        if evaluating or saving:
-            log.start_clock(step)
-        if asked is not None:
-            log.say(f"{asked}: saved step {step} in {run}; the same command with --resume goes on from there")
-            break
+        if saving:
+            if trouble := saver.failure():
+                log.warn(trouble)  # and what is to be saved now has another chance
+            saved_step = save()
+
+    if reason and reason != "a save that failed" and saved_step != state["step"]:
+        save()
+    world.from_rank_0(saver.close)  # here a save that failed becomes an error
+    if reason:
+        world.from_rank_0(lambda: note_stop(run, reason, state["step"]))
+        log.say(f"{reason}: saved step {state['step']} in {run}; the same command with --resume goes on from there")
     log.close(state["best_val_loss"])
-    world.leave()
 
 
 def plan_guide(c: TrainConfig) -> tuple[TrainConfig, int, int]:
@@ -181,8 +193,8 @@ def plan_guide(c: TrainConfig) -> tuple[TrainConfig, int, int]:
 
 def build(
     c: TrainConfig, folder: Path | None, guided: bool, world: World, tokenizer: dict[str, Any] | None = None
-) -> tuple[GPT, list[torch.optim.Optimizer], torch.amp.GradScaler, dict[str, float]]:
-    """Model, optimizers and scaler: new, or as the checkpoint in `folder` has them, guided or not.
+) -> tuple[GPT, nn.Module, list[torch.optim.Optimizer], dict[str, float]]:
+    """The model, its form on all ranks, and the optimizers: new, or as the checkpoint in `folder`, guided or not.
 
     A new one may begin with another run's weights, for which `tokenizer` is wanted; the energy they keep comes last.
     """
@@ -194,25 +206,51 @@ def build(
         energy = checkpoint.start_from(Path(c.init_from), model, tokenizer)
     if guided:
         structured.add_guides(model)
+    spread = parallel.spread(model, c, world)
     optimizers = optim.make_optimizers(model, c)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == "float16")
     if folder is not None:
-        restore(folder, model, optimizers, scaler)
-    return model, optimizers, scaler, energy
+        checkpoint.restore(folder, model, optimizers)
+    return model, spread, optimizers, energy
 
 
 class Guard:
-    """Counts the steps with a loss or gradient that is not finite. The counters live on the device."""
+    """Says which steps the optimizer is to skip, on the device: not finite ones, and spikes where they are asked for.
 
-    def __init__(self, device: torch.device) -> None:
-        self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.int32, device=device)
+    A spike is a step whose loss or gradient norm is more than `spikes` standard deviations above the mean of the
+    RECENT_STEPS finite ones before it, spikes among them, so that a level which lasts is no spike for long; 0 = none.
+    """
 
-    def count(self, bad: Tensor) -> Tensor:
-        """bad is a boolean on the device -> 1.0 where the optimizer is to skip this step, else 0.0."""
-        self.skipped += bad
+    def __init__(self, device: torch.device, spikes: float = 0.0, saved: dict[str, Any] | None = None) -> None:
+        """saved: what state() gave."""
+        self.spikes = spikes
+        self.skipped, self.in_a_row, self.longest, self.seen = torch.zeros(4, dtype=torch.int32, device=device)
+        self.recent = torch.zeros(2, RECENT_STEPS, device=device)  # of loss and norm
+        if saved is not None:
+            self.skipped += saved["skipped"]
+            self.in_a_row += saved["in_a_row"]
+        if saved is not None and "recent" in saved:
+            self.seen += saved["seen"]
+            self.recent.copy_(torch.tensor(saved["recent"]))
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Of a step, both scalars on the device -> 1.0 where the optimizer is to skip it, else 0.0."""
+        bad = ~(loss.isfinite() & norm.isfinite())
         self.in_a_row.add_(1).mul_(bad)
         torch.maximum(self.longest, self.in_a_row, out=self.longest)
+        if self.spikes:
+            now = torch.stack([loss, norm]).float()[:, None]  # (2, 1)
+            std, mean = torch.std_mean(self.recent, dim=1, keepdim=True)
+            spike = (now > mean + self.spikes * std).any() & (self.seen >= RECENT_STEPS)
+            self.recent = torch.where(bad, self.recent, torch.cat([self.recent[:, 1:], now], dim=1))
+            self.seen += ~bad
+            bad = bad | spike
+        self.skipped += bad
         return bad.float()
+
+    def state(self) -> dict[str, Any]:
+        """For the manifest. The host waits for the device."""
+        counts = dict(skipped=self.skipped.item(), in_a_row=self.in_a_row.item())
+        return counts | (dict(seen=self.seen.item(), recent=self.recent.tolist()) if self.spikes else {})
 
     def stop_if_lost(self, step: int) -> None:
         if self.longest >= MAX_BAD_STEPS:
@@ -239,9 +277,7 @@ def train_step(
     """
     total = torch.zeros((), device=world.device)
     for micro_step, (x, y) in enumerate(batches):
-        # DDP decides in forward whether this backward will communicate: only the last one needs to.
-        silent = world.size > 1 and micro_step < micro_steps - 1
-        with model.no_sync() if silent else contextlib.nullcontext():
+        with parallel.communicating(model, micro_step == micro_steps - 1):
             with hardware.autocast(world.device, c.dtype):
                 loss = model(x, y) / micro_steps
             scaler.scale(loss).backward()
@@ -249,10 +285,10 @@ def train_step(
     total = world.mean(total)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-    bad = guard.count(~(total.isfinite() & norm.isfinite()))
+    norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf))
+    skip = guard.judge(total, norm)
     for optimizer in optimizers:
-        optimizer.found_inf = bad
+        optimizer.found_inf = skip
         optimizer.step()  # not scaler.step, which would put its own verdict in the place of ours
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
@@ -261,26 +297,74 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, corpus: data.Corpus, windows: Any, c: TrainConfig, world: World, stop_signal: list[str]
+    model: GPT,
+    corpus: data.Corpus | Copying,
+    windows: Any,
+    c: TrainConfig,
+    world: World,
+    watch: Watch | None = None,
 ) -> float:
-    """Mean loss over the same windows every time, shared by all ranks: summed, then divided; nan after a signal."""
+    """Mean loss over the same windows every time, shared by all ranks: summed, then divided; nan if told to stop."""
     model.eval()
     mine = windows[world.rank :: world.size]
     total = torch.zeros((), device=world.device)
+    if watch is not None:
+        watch.restart()
     for start in range(0, -(-len(windows) // world.size), c.batch_size):  # as often on every rank
-        if world.any_signal(stop_signal):
-            model.train()
-            return math.nan
+        if watch is not None and watch.stop():
+            total.fill_(math.nan)
+            break
         chunk = mine[start : start + c.batch_size]
-        if len(chunk) == 0:
-            continue
+        weight = len(chunk)
+        chunk = chunk if weight else windows[:1]  # a rank without any computes all the same: its shards are needed
         x, y = (t.to(world.device) for t in data.eval_batch(corpus, c.gpt.block_size, chunk))
         # A last, smaller batch is not worth another compilation.
         stance = torch.compiler.set_stance("default" if len(chunk) == c.batch_size else "force_eager")
         with stance, hardware.autocast(world.device, c.dtype):
-            total += model(x, y) * len(chunk)
+            total += model(x, y) * weight
     model.train()
+    if watch is not None:
+        watch.restart()
     return (world.mean(total) * world.size / len(windows)).item()
+
+
+def evaluation_due(
+    step: int, last_step: int, c: TrainConfig, stage: dict[str, float] | None, evaluated: set[int], new: bool
+) -> bool:
+    """`evaluated` are the steps whose evaluation an earlier start of the run has logged; new: it had none."""
+    if step == 0:
+        return new and c.init_from is not None
+    if stage and step < last_step:
+        return due(step, c.eval_interval)  # again after a resume: it decides the next stage
+    return step not in evaluated and (step == last_step or due(step, c.eval_interval))
+
+
+def report_evaluation(
+    step: int, loss: float, model: GPT, c: TrainConfig, world: World, state: dict[str, Any], log: Log
+) -> None:
+    """Tell a loss of the val split. On a generated task, measure what else there is, and take the next stage."""
+    stage = state["stage"]
+    val_data = open_data(c, stage)[1]
+    extra = copy_report(model, val_data, c, world, stage) if stage else {}
+    log.evaluation(step, loss, loss * val_data.tokens / val_data.bytes / math.log(2), extra)
+    if stage and step < log.last_step:
+        state["stage"] = copying.next_stage(c.task, stage, loss)
+
+
+def write_sample(model: GPT, tokenizer: Tokenizer, c: TrainConfig, world: World) -> str:
+    """A text that begins as the corpus's do, on rank 0; always from the same random numbers."""
+    if world.rank > 0:
+        return ""
+    start = 0 if tokenizer.end_of_text is None else tokenizer.end_of_text
+    generator = torch.Generator(world.device).manual_seed(c.seed)
+    generate = recurrent.generate if isinstance(model, RecurrentGPT) else decode.generate
+    model.eval()
+    with torch.compiler.set_stance("force_eager"), hardware.autocast(world.device, c.dtype):
+        idx = torch.tensor([[start]], device=world.device)
+        drawn = generate(model, idx, SAMPLE_TOKENS, tokenizer.vocab_size, 0.8, None, None, generator, beyond="stop")
+        ids = [token.item() for token in drawn]
+    model.train()
+    return b"".join(map(tokenizer.decode_bytes, ids)).decode(errors="replace")
 
 
 def open_data(c: TrainConfig, stage: dict[str, float] | None) -> tuple[data.Corpus | Copying, data.Corpus | Copying]:
@@ -295,15 +379,6 @@ def at_stage(c: TrainConfig, stage: dict[str, float] | None) -> TrainConfig:
     if stage is None:
         return c
     return dataclasses.replace(c, learning_rate=c.learning_rate * stage["rate"], min_lr=c.min_lr * stage["rate"])
-
-
-def judge(model: GPT, windows: Any, c: TrainConfig, world: World, state: dict[str, Any], log: "Log") -> None:
-    """Evaluate a generated task, and put its next stage in the state. No signal cuts this short: it decides."""
-    val_data = open_data(c, state["stage"])[1]
-    loss = evaluate(model, val_data, windows, c, world, [])
-    log.evaluation(state["step"], loss, loss / math.log(2), copy_report(model, val_data, c, world, state["stage"]))
-    state["stage"] = copying.next_stage(c.task, state["stage"], loss)
-    log.start_clock(state["step"])
 
 
 def copy_report(
@@ -376,12 +451,13 @@ def share_step(c: TrainConfig, world: World) -> tuple[TrainConfig, int]:
     return dataclasses.replace(c, batch_size=batch_size), sequences // (batch_size * world.size)
 
 
-def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+def prepare_run(run: Path, c: TrainConfig, state: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
     """Make the run's folder -> the checkpoint to go on from and its manifest, or None for a new run.
 
     Never overwrites an earlier run: that one is moved aside. Raises UserError where there is nothing to resume, or the
     checkpoint is of another model, other data, another seed or optimizer.
     """
+    resume = c.resume
     if run.resolve() == Path.cwd().resolve():
         raise UserError(f"out_dir is {str(run)!r}, wanted a folder of its own, such as out/run")
     folder, manifest, complaints = checkpoint.newest(run)
@@ -391,7 +467,8 @@ def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> tuple[Path | N
         for complaint in complaints:
             print(f"warning: {complaint}; passed over")
         changed = checkpoint.differences(*map(checkpoint.model_options, (manifest["options"], state["options"])))
-        changed += checkpoint.differences(manifest["order"], state["order"])
+        kept = {name: value for name, value in manifest["order"].items() if name != "data" or not c.new_data}
+        changed += checkpoint.differences(kept, {n: v for n, v in state["order"].items() if n != "data" or n in kept})
         if changed:
             raise UserError(f"{folder} is of another run. " + "; ".join(changed))
     try:
@@ -400,152 +477,18 @@ def prepare_run(run: Path, resume: str, state: dict[str, Any]) -> tuple[Path | N
             run.rename(f"{run}.{number}")
             print(f"an earlier run in {run} was moved to {run}.{number}")
         run.mkdir(parents=True, exist_ok=True)
+        checkpoint.clear_leftovers(run)
+        (run / "stopped.json").unlink(missing_ok=True)
         (run / "config.json").write_text(json.dumps(state["options"], indent=1))
     except OSError as error:
         raise UserError(f"cannot write to out_dir {run}: {error.strerror}") from None
     return (None, {}) if resume == "never" else (folder, manifest)
 
 
-def restore(folder: Path, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
-    """Weights and moments as they were; decay, betas and the like as this run's options have them."""
-    model.load_state_dict(checkpoint.load_tensors(folder, "model"))
-    for optimizer, saved in zip(optimizers, checkpoint.load_tensors(folder, "optimizers"), strict=True):
-        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved)
-        for group, wanted in zip(optimizer.param_groups, options):
-            group.update(wanted)
-    scaler.load_state_dict(checkpoint.load_tensors(folder, "scaler"))
-
-
-def compile_and_wrap(model: GPT, c: TrainConfig, world: World) -> nn.Module:
-    """Recompute and compile in place, so that parameters keep their names, then DDP where there are several ranks."""
-    for block in model.transformer.h:
-        block.recompute = c.recompute
-    mode = hardware.choose_compile(c.compile, world.device)
-    for module in {"off": [], "model": [model], "block": model.transformer.h}[mode]:
-        module.compile(dynamic=False)
-    if world.size == 1:
-        return model
-    guided = any(isinstance(module, structured.Guided) for module in model.modules())  # and not in every step
-    devices = [world.device] if world.device.type == "cuda" else None
-    return DDP(model, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=guided)
-
-
-class Log:
-    """What a run tells: lines on the terminal, log.jsonl, and wandb when asked. Ranks other than 0 are silent."""
-
-    def __init__(
-        self,
-        run: Path,
-        c: TrainConfig,
-        state: dict[str, Any],
-        model: GPT,
-        tokens_per_step: int,
-        last_step: int,
-        world: World,
-    ) -> None:
-        self.silent = world.rank != 0
-        self.first, self.seconds, self.wandb_id, self.wandb = True, state["seconds"], state["wandb_id"], None
-        self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
-        self.length_share = 1.0  # of block_size: how long the sequences of this stage of a generated task are
-        rate = hardware.matmul_rate(world.device, c.dtype)  # on all ranks at once: they may share a machine
-        self.matmul_rate = world.size * world.mean(torch.tensor(rate, device=world.device)).item()
-        if not self.silent:
-            self.flops_per_token = 3 * model.flops_per_token()  # backward takes twice the forward pass
-            try:
-                self.open(run, state, model, world)
-            except OSError as error:
-                raise UserError(f"cannot write {run / 'log.jsonl'}: {error.strerror}") from None
-            if c.wandb:
-                self.open_wandb(run, state)
-        self.start_clock(state["step"])
-
-    def open(self, run: Path, state: dict[str, Any], model: GPT, world: World) -> None:
-        """Start log.jsonl, or on a resume drop what a crashed run wrote after its checkpoint, and tell the setting."""
-        path, kept = run / "log.jsonl", []
-        if state["step"] > 0 and path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if logged_by(line, state["step"])]
-        path.with_suffix(".tmp").write_text("".join(kept))
-        path.with_suffix(".tmp").replace(path)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (stays open; a line at a time reaches the disk)
-        versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
-        on, dtype = hardware.describe(world.device), state["options"]["dtype"]
-        self.write(
-            dict(step=state["step"], versions=versions, device=on, ranks=world.size, matmul_flops=self.matmul_rate)
-            | dict(options=state["options"], parameters=str(model).splitlines())
-        )
-        rate = f"{self.matmul_rate / 1e12:.3g} TFLOP/s in large {dtype} products"
-        self.say(f"torch {torch.__version__} on {on}: {rate}\n")
-
-    def open_wandb(self, run: Path, state: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb needs its package: pip install 'wandb>=0.19,<1'") from None
-        self.wandb = wandb.init(
-            project="lpa", name=run.name, id=self.wandb_id, resume="allow", dir=run, config=state["options"]
-        )
-        self.wandb.define_metric("*", step_metric="step")
-        self.wandb_id = self.wandb.id
-
-    def start_clock(self, step: int) -> None:
-        self.clock, self.clock_step = time.perf_counter(), step
-
-    def say(self, text: str) -> None:
-        if not self.silent:
-            print(text, flush=True)
-
-    def write(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[name] = None  # JSON has no nan
-        if not self.silent:
-            self.file.write(json.dumps(record) + "\n")
-        if self.wandb:
-            self.wandb.log(record)
-
-    def step(self, step: int, loss: float, norm: float, learning_rate: float, guard: Guard) -> None:
-        """The steps since the clock started, as a line; loss and norm are those of the last of them."""
-        now, self.first = time.perf_counter(), False
-        self.seconds += now - self.clock
-        if self.silent:
-            return
-        tokens_per_step = self.tokens_per_step * self.length_share
-        speed = (step - self.clock_step) * tokens_per_step / (now - self.clock)
-        mfu = speed * self.flops_per_token / self.matmul_rate
-        minutes, seconds = divmod(int((self.last_step - step) * tokens_per_step / speed), 60)
-        skipped = f" | {guard.skipped.item()} skipped" if guard.skipped else ""
-        self.say(
-            f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.2f}"
-            f" | {speed:,.0f} tok/s | mfu {mfu:.1%} | {minutes // 60}h{minutes % 60:02}m{seconds:02}s left{skipped}"
-        )
-        self.write(
-            dict(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=learning_rate, grad_norm=norm)
-            | dict(tokens_per_second=speed, mfu=mfu, seconds=self.seconds, skipped=guard.skipped.item())
-        )
-        self.start_clock(step)
-
-    def evaluation(
-        self, step: int, val_loss: float, bits_per_byte: float, extra: dict[str, float | None] | None = None
-    ) -> None:
-        """extra: what else was measured, by name."""
-        told = "".join(f", {name} {value:.4g}" for name, value in (extra or {}).items() if value is not None)
-        self.say(f"step {step}: val loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte{told}")
-        self.write(dict(step=step, val_loss=val_loss, val_bits_per_byte=bits_per_byte) | (extra or {}))
-
-    def close(self, best_val_loss: float | None) -> None:
-        best = f"best val loss {best_val_loss:.4f}, " if best_val_loss is not None else ""
-        self.say(f"{best}{self.seconds:.0f} s of training")
-        if self.wandb:
-            self.wandb.finish()
-
-
-def logged_by(line: str, step: int) -> bool:
-    """Whether a line of log.jsonl is whole and not later than this step."""
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
+def note_stop(run: Path, reason: str, step: int) -> None:
+    """For people and job scripts: this run was asked to stop, and did. torchrun does not start again what exits 0."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    checkpoint.write_whole(run / "stopped.json", json.dumps(dict(reason=reason, step=step, time=now)) + "\n")
 
 
 if __name__ == "__main__":

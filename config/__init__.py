@@ -121,6 +121,13 @@ class TrainConfig:
     """What backward rebuilds to save memory. latents: all but attention and the products over the model width, a few
     percent slower; block: whole blocks, a third slower; none: nothing."""
 
+    shard: bool = False
+    """Spread weights, gradients and optimizer state over the ranks (FSDP), each block gathered while it computes."""
+    deterministic: bool = False
+    """The same bits each time on CUDA too, where some kernels add in any order; on a CPU it is so anyway."""
+    hang_timeout: float = 1800.0
+    """Seconds that a rank waits for another, before all of them end and the missing one is named."""
+
     # Run
     out_dir: str = "out/run"
     init_from: str | None = None
@@ -135,15 +142,26 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     resume: Literal["never", "auto", "must"] = "never"
     """auto = go on where out_dir holds a checkpoint; a bare --resume means must."""
+    new_data: bool = False
+    """Let a resume go on with another corpus than the run began with."""
+    save_errors: Literal["stop", "go_on"] = "stop"
+    """When a checkpoint cannot be saved, on a full disk say. Earlier ones stay as they are in either case."""
+    max_hours: float | None = None
+    """Save and stop after so long, as after a SIGTERM."""
+    skip_spikes: float = 0.0
+    """Skip a step whose loss or gradient norm is so many standard deviations above the last 128; 0 = none."""
+    sample_interval: int = 0
+    """Steps between texts written by the model, into log.jsonl; 0 = none."""
     wandb: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "max_steps", "learning_rate", "eps", "log_interval", "save_interval")
-        for name in (*positive, "tokens_per_step", "stop_step", "eval_tokens"):
+        positive = ("batch_size", "max_steps", "learning_rate", "eps", "log_interval", "save_interval", "hang_timeout")
+        for name in (*positive, "tokens_per_step", "stop_step", "eval_tokens", "max_hours"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:  # nan is neither
                 raise ValueError(f"{name} is {value}, wanted above 0")
-        for name in ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "seed"):
+        zero_or_more = ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "seed")
+        for name in (*zero_or_more, "skip_spikes", "sample_interval"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
         for name in ("beta1", "beta2"):
@@ -159,6 +177,12 @@ class TrainConfig:
             raise ValueError(f"self_guided is {self.self_guided}, wanted 0 for model = {self.model!r}")
         if self.self_guided and not any(vars(self.gpt.lowdim).values()):
             raise ValueError(f"self_guided is {self.self_guided}, wanted 0, as lowdim leaves every matrix dense")
+        if self.shard:
+            for name, free in (("model", "gpt"), ("sample_interval", 0)):
+                if getattr(self, name) != free:
+                    raise ValueError(f"{name} is {getattr(self, name)}, wanted {free} with shard")
+            if self.dtype == "float16":
+                raise ValueError("dtype is float16, wanted bfloat16 or float32 with shard")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}, wanted above 0 and at most 1")
 

@@ -25,12 +25,12 @@ import torch
 
 import checkpoint
 import data
-import hardware
 import train
 from config import TrainConfig, UserError, as_arguments, load_config
 from data.copying import TASKS
 from experiments.lpa_models import SCALES, Arm, arms
 from model import GPT, GPTConfig, LowDim
+from parallel import World
 
 TUNING_TOKENS = 100_000  # of the val split, to choose a rate
 TRAIN_SHARE = 0.05  # the train loss is the mean over the logged steps of so much of the end
@@ -163,7 +163,7 @@ def make_run(o: Options, row: Row, rate: float, seed: int, tuning: bool = False)
         corpora = [data.open_corpus(c.dataset, split) for split in ("train", "val")]
     except UserError as error:
         raise UserError(f"{error}. The {o.scale} scale is made for: {scale.prepare}") from None
-    world = hardware.World(0, o.nproc_per_node, torch.device("cpu"))
+    world = World(0, o.nproc_per_node, torch.device("cpu"))
     config = train.with_vocabulary(dataclasses.replace(c, **settings), *corpora)
     config, _ = train.share_step(config, world)  # now as train.py will write it
     arguments = [*row.arguments, *as_arguments(settings)]
@@ -293,23 +293,8 @@ def conclude(run: Run, code: int) -> None:
         lines = output.read_text().splitlines() or ["no output"]
         raise UserError(f"{run} ended with code {code}: {lines[-1]} (all of it in {output})")
     if read_result(run) is None:
-        folder, manifest, _ = checkpoint.newest(run.folder)
-        if folder is None or manifest["step"] < run.config.max_steps:
-            raise UserError(f"{run} was stopped; the same command goes on")
-        evaluate_trained(run)
+        raise UserError(f"{run} was stopped; the same command goes on")
     result = read_result(run)
     print(f"{run}: val loss {result['val_loss']:.4f}, {result['seconds']:.0f} s", flush=True)
     if run.tuning:  # its loss is all that is wanted of it
         shutil.rmtree(run.folder / "ckpt", ignore_errors=True)
-
-
-def evaluate_trained(run: Run) -> None:
-    """The last evaluation of a run that was stopped in the middle of it: train.py would not do it again."""
-    world = hardware.World(0, 1, hardware.choose_device(run.config.device))
-    model, _, _ = checkpoint.load_model(run.folder, world.device)
-    val = data.open_corpus(run.config.dataset, "val")
-    windows = data.eval_windows(val, run.config.gpt.block_size, run.config.eval_tokens)
-    loss = train.evaluate(model, val, windows, run.config, world, [])
-    line = dict(step=run.config.max_steps, val_loss=loss, val_bits_per_byte=loss * val.tokens / val.bytes / math.log(2))
-    with open(run.folder / "log.jsonl", "a") as log:
-        log.write(json.dumps(line) + "\n")

@@ -27,6 +27,7 @@ import optim
 import train
 from config import TrainConfig, load_config, parse, user_errors
 from model import GPT, LowRank
+from parallel import World
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def config(o: Options, arm: Arm, rate: float, seed: int) -> TrainConfig:
 
 def trained(c: TrainConfig, arm: Arm) -> dict:
     """train.py's steps with the arm's optimizers -> bits per byte at the end, and seconds of training."""
-    world = hardware.World(0, 1, hardware.choose_device(c.device))
+    world = World(0, 1, hardware.choose_device(c.device))
     c = dataclasses.replace(c, dtype=hardware.choose_dtype(c.dtype, world.device))
     train_data, val_data = data.open_corpus(c.dataset, "train"), data.open_corpus(c.dataset, "val")
     c, micro_steps = train.share_step(train.with_vocabulary(c, train_data, val_data), world)
@@ -126,7 +127,7 @@ def trained(c: TrainConfig, arm: Arm) -> dict:
             decay_products(model, rate * c.weight_decay)
     seconds = time.perf_counter() - start
     windows = data.eval_windows(val_data, c.gpt.block_size, c.eval_tokens)
-    loss = train.evaluate(model, val_data, windows, c, world, [])
+    loss = train.evaluate(model, val_data, windows, c, world)
     return dict(bits_per_byte=loss * val_data.tokens / val_data.bytes / math.log(2), seconds=seconds)
 
 

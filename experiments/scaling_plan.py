@@ -20,6 +20,7 @@ import train as trainer
 from config import TrainConfig, UserError, as_arguments, load_config
 from experiments import lpa_runs
 from experiments.lpa_models import Arm
+from parallel import World
 from recurrent import new_model
 
 START_SECONDS = 10  # of a process, until it trains
@@ -120,7 +121,7 @@ def planned_lengths(g: Grid, sizes: list[tuple[str, dict[str, Any]]]) -> list[in
 
 def seconds_per_step(c: TrainConfig, g: Grid) -> float:
     """Of the fastest of the training steps that fit in a second, on random tokens."""
-    world = hardware.World(0, 1, hardware.choose_device(c.device))
+    world = World(0, 1, hardware.choose_device(c.device))
     torch.set_num_threads(1 if g.jobs > 1 else torch.get_num_threads())
     c = trainer.with_vocabulary(c, *(data.open_corpus(c.dataset, split) for split in ("train", "val")))
     c, micro_steps = trainer.share_step(c, world)
@@ -142,7 +143,7 @@ def make_run(g: Grid, preset: str, settings: dict[str, Any], steps: int) -> lpa_
     arguments = [preset, *as_arguments(settings)]
     c = load_config(arguments)
     corpora = [data.open_corpus(c.dataset, split) for split in ("train", "val")]
-    c, _ = trainer.share_step(trainer.with_vocabulary(c, *corpora), hardware.World(0, 1, torch.device("cpu")))
+    c, _ = trainer.share_step(trainer.with_vocabulary(c, *corpora), World(0, 1, torch.device("cpu")))
     family = Path(preset).stem
     row = lpa_runs.Row(Arm(family, f"width {c.gpt.n_embd}", preset, {}), c, arguments)
     fingerprints = tuple(corpus.fingerprint for corpus in corpora)

@@ -1,18 +1,22 @@
 """Fixtures: a small real corpus, and train.py run as a user runs it."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from config import load_config
+from config import load_config, user_errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +59,49 @@ def run_here(arguments: list[str]) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["train"])  # a process then starts in a tenth of a second, with torch imported
+
+
+def start(arguments: list[str], output: Path, env: dict[str, str] | None = None, hook: str = "") -> BaseProcess:
+    """train.py in a process of its own, which begins as a copy of one that has imported everything.
+
+    What it prints goes to the file `output`; hook = 'module.function' is called in it first.
+    """
+    process = FORKSERVER.Process(target=child, args=(arguments[1:], output, env or {}, hook))
+    process.start()
+    return process
+
+
+def child(arguments: list[str], output: Path, env: dict[str, str], hook: str) -> None:
+    os.chdir(ROOT)
+    os.environ.update(env)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    if hook:
+        module, _, function = hook.rpartition(".")
+        getattr(importlib.import_module(module), function)()
+    with user_errors():
+        train.main(load_config(arguments))
+
+
+def run_ranks(size: int, arguments: list[str], folder: Path, hook: str = "", expect: int = 0) -> str:
+    """train.py on so many ranks, as torchrun would start them -> what they printed; `expect` is their exit code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(size))
+    outputs = [folder / f"rank_{rank}.txt" for rank in range(size)]
+    ranks = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
+    processes = [start(arguments, output, place | rank, hook) for output, rank in zip(outputs, ranks)]
+    for process in processes:
+        process.join(300)
+    printed = "".join(f"rank {rank}:\n{output.read_text()}" for rank, output in enumerate(outputs))
+    assert [process.exitcode for process in processes] == [expect] * size, printed
+    return printed
 
 
 def read_log(run_folder: Path) -> list[dict]:

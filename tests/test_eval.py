@@ -21,8 +21,8 @@ import eval as evaluation
 import train
 from config import TrainConfig, UserError
 from data.tokenizers import load_tokenizer
-from hardware import World
 from model import GPT
+from parallel import World
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -123,7 +123,7 @@ def test_disjoint_windows_agree_with_training(trained: Path, corpus: Path) -> No
     tail = (whole.tokens - 1) % 24
     nats = evaluation.evaluate(model, whole, 24, 8, "float32", CPU)
     c = TrainConfig(gpt=model.config, batch_size=8)
-    theirs = train.evaluate(model, whole, data.eval_windows(whole, 24), c, CPU, [])
+    theirs = train.evaluate(model, whole, data.eval_windows(whole, 24), c, CPU)
     assert nats == pytest.approx(theirs, abs=8 * tail / whole.tokens + 1e-6)
 
 

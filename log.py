@@ -1,0 +1,147 @@
+"""What a run tells: lines on the terminal, out/RUN/log.jsonl, and wandb when asked. Ranks other than 0 are silent."""
+
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hardware
+from config import TrainConfig, UserError
+from model import GPT
+from parallel import World
+
+
+class Log:
+    def __init__(
+        self,
+        run: Path,
+        c: TrainConfig,
+        state: dict[str, Any],
+        model: GPT,
+        tokens_per_step: int,
+        last_step: int,
+        world: World,
+    ) -> None:
+        self.silent = world.rank != 0
+        self.first, self.seconds, self.wandb_id, self.wandb = True, state["seconds"], state["wandb_id"], None
+        self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
+        self.length_share = 1.0  # of block_size: how long the sequences of this stage of a generated task are
+        rate = hardware.matmul_rate(world.device, c.dtype)  # on all ranks at once: they may share a machine
+        self.matmul_rate = world.size * world.mean(torch.tensor(rate, device=world.device)).item()
+        self.flops_per_token = 3 * model.flops_per_token()  # backward takes twice the forward pass
+        self.evaluated, self.sampled = world.from_rank_0(lambda: self.open(run, state["step"]))
+        if not self.silent:
+            self.tell_setting(state, model, world)
+            if c.wandb:
+                self.open_wandb(run, state)
+        self.start_clock(state["step"])
+
+    def open(self, run: Path, step: int) -> tuple[set[int], set[int]]:
+        """Start log.jsonl, or on a resume drop what a crashed run wrote after its checkpoint -> the steps that
+        have an evaluation in it, and those that have a sample."""
+        path, kept = run / "log.jsonl", []
+        try:
+            if step > 0 and path.exists():
+                kept = [line for line in path.read_text().splitlines(keepends=True) if logged_by(line, step)]
+            path.with_suffix(".tmp").write_text("".join(kept))
+            path.with_suffix(".tmp").replace(path)
+            self.file = open(path, "a", buffering=1)  # noqa: SIM115 (stays open; a line at a time reaches the disk)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        records = [json.loads(line) for line in kept]
+        return tuple({record["step"] for record in records if name in record} for name in ("val_loss", "sample"))
+
+    def tell_setting(self, state: dict[str, Any], model: GPT, world: World) -> None:
+        versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
+        on, dtype = hardware.describe(world.device), state["options"]["dtype"]
+        self.write(
+            dict(step=state["step"], versions=versions, device=on, ranks=world.size, matmul_flops=self.matmul_rate)
+            | dict(options=state["options"], parameters=str(model).splitlines())
+        )
+        rate = f"{self.matmul_rate / 1e12:.3g} TFLOP/s in large {dtype} products"
+        self.say(f"torch {torch.__version__} on {on}: {rate}\n")
+
+    def open_wandb(self, run: Path, state: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs its package: pip install 'wandb>=0.19,<1'") from None
+        self.wandb = wandb.init(
+            project="lpa", name=run.name, id=self.wandb_id, resume="allow", dir=run, config=state["options"]
+        )
+        self.wandb.define_metric("*", step_metric="step")
+        self.wandb_id = self.wandb.id
+
+    def start_clock(self, step: int) -> None:
+        self.clock, self.clock_step = time.perf_counter(), step
+
+    def say(self, text: str) -> None:
+        if not self.silent:
+            print(text, flush=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None  # JSON has no nan
+        if not self.silent:
+            self.file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log(record)
+
+    def step(self, step: int, loss: float, norm: float, learning_rate: float, skipped: int) -> None:
+        """The steps since the clock started, as a line; loss and norm are those of the last of them."""
+        now, self.first = time.perf_counter(), False
+        self.seconds += now - self.clock
+        if self.silent:
+            return
+        tokens_per_step = self.tokens_per_step * self.length_share
+        speed = (step - self.clock_step) * tokens_per_step / (now - self.clock)
+        mfu = speed * self.flops_per_token / self.matmul_rate
+        minutes, seconds = divmod(int((self.last_step - step) * tokens_per_step / speed), 60)
+        passed = f" | {skipped} skipped" if skipped else ""
+        self.say(
+            f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.2f}"
+            f" | {speed:,.0f} tok/s | mfu {mfu:.1%} | {minutes // 60}h{minutes % 60:02}m{seconds:02}s left{passed}"
+        )
+        self.write(
+            dict(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=learning_rate, grad_norm=norm)
+            | dict(tokens_per_second=speed, mfu=mfu, seconds=self.seconds, skipped=skipped)
+        )
+        self.start_clock(step)
+
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float, extra: dict[str, float | None]) -> None:
+        """extra: what else was measured, by name. What an earlier start of this run has logged is not told again."""
+        if step in self.evaluated:
+            return
+        told = "".join(f", {name} {value:.4g}" for name, value in extra.items() if value is not None)
+        self.say(f"step {step}: val loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte{told}")
+        self.write(dict(step=step, val_loss=val_loss, val_bits_per_byte=bits_per_byte) | extra)
+
+    def sample(self, step: int, text: str) -> None:
+        self.say(f"step {step} writes: {text!r}")
+        self.write(dict(step=step, sample=text))
+
+    def warn(self, text: str) -> None:
+        if not self.silent:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def close(self, best_val_loss: float | None) -> None:
+        best = f"best val loss {best_val_loss:.4f}, " if best_val_loss is not None else ""
+        self.say(f"{best}{self.seconds:.0f} s of training")
+        if not self.silent:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def logged_by(line: str, step: int) -> bool:
+    """Whether a line of log.jsonl is whole and not later than this step."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
