@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from config import TrainConfig
 from model import GPT
@@ -71,22 +72,48 @@ class Muon(torch.optim.Optimizer):
                     self.step_batch(params, group)
 
     def step_batch(self, params: list[nn.Parameter], group: dict) -> None:
+        """Under FSDP each rank holds some rows m of each matrix: a shard of a matrix is not a matrix, so that the sum
+        of momentum and gradient is gathered before it is made orthogonal, by all ranks alike."""
         going = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 leaves all as it is
-        buffers = [self.state[p]["momentum"] for p in params]
-        grad = torch.stack([p.grad for p in params]).nan_to_num_(0, 0, 0)  # (number, m, n), or (number, K, m, n)
+        weights = [local(p) for p in params]
+        buffers = [local(self.state[p]["momentum"]) for p in params]
+        grad = torch.stack([local(p.grad) for p in params]).nan_to_num_(0, 0, 0)  # (number, m, n), or (number, K, m, n)
         share = (1 - group["momentum"]) * going
         torch._foreach_mul_(buffers, 1 - share)
         torch._foreach_add_(buffers, list((grad * share).unbind()))
         ahead = grad.lerp_(torch.stack(buffers), group["momentum"])  # Nesterov's
-        step = self.direction(ahead.flatten(0, -3), params).view_as(ahead)
-        step = step * (group["lr"] * 0.2 * max(grad.shape[-2:]) ** 0.5 * going)
+        gathered = gather(ahead, params[0], len(params))
+        step = self.direction(gathered.flatten(0, -3), params).view_as(gathered)
+        step = scatter(step, params[0]) * (group["lr"] * 0.2 * max(gathered.shape[-2:]) ** 0.5 * going)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * going)
-        torch._foreach_sub_(params, list(step.unbind()))
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * going)
+        torch._foreach_sub_(weights, list(step.unbind()))
 
     def direction(self, momentum: Tensor, params: list[nn.Parameter]) -> Tensor:
         """Where the params, all of one shape, step to: (number, m, n), a block a matrix. An experiment has others."""
         return orthogonal(momentum, self.bfloat16)
+
+
+def local(value: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def gather(stacked: Tensor, p: Tensor, number: int) -> Tensor:
+    """This rank's part of `number` tensors like p, stacked -> all of them."""
+    if not isinstance(p, DTensor):
+        return stacked
+    shape = torch.Size([number, *p.shape])
+    strides = torch.empty(shape, device="meta").stride()
+    placed = dict(device_mesh=p.device_mesh, placements=[Shard(1)], run_check=False)
+    return DTensor.from_local(stacked, **placed, shape=shape, stride=strides).full_tensor()
+
+
+def scatter(stacked: Tensor, p: Tensor) -> Tensor:
+    """The other way round; nothing is sent, as every rank has all of it."""
+    if not isinstance(p, DTensor):
+        return stacked
+    return distribute_tensor(stacked, p.device_mesh, [Shard(1)], src_data_rank=None).to_local()
 
 
 def orthogonal(g: Tensor, bfloat16: bool = False) -> Tensor:
@@ -117,7 +144,7 @@ def newton_schulz_of_gram(x: Tensor) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     gram = x @ x.mT  # (number, R, R)
-    product = torch.eye(gram.size(-1), device=x.device).expand_as(gram)
+    product = torch.eye(gram.size(-1), dtype=x.dtype, device=x.device).expand_as(gram)
     for _ in range(5):
         q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         q.diagonal(dim1=-2, dim2=-1).add_(a)

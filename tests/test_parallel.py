@@ -3,6 +3,9 @@
     .venv/bin/pytest tests/test_parallel.py        CPU, gloo
 """
 
+import os
+import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ from conftest import read_log, run_ranks
 from test_train import arguments, losses, same, tensors
 
 import checkpoint
+import parallel
+import train
+from config import UserError
 
 STEP = ["--tokens_per_step=512", "--warmup_steps=5", "--learning_rate=0.003"]
 
@@ -43,3 +49,99 @@ def test_ranks_train_as_one_process_does(corpus: Path, tmp_path: Path, alone: Pa
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("options", [["--optimizer=muon"], ["--tie_embeddings"], ["--recompute=latents", "--bias"]])
+def test_shards_change_nothing(corpus: Path, tmp_path: Path, options: list[str]) -> None:
+    """Muon, whose matrices are gathered; tied embeddings; recomputation: 3 sharded ranks, of uneven rows, against 1."""
+    options = ["--tokens_per_step=384", "--max_steps=4", *options]
+    run_ranks(1, arguments(corpus, tmp_path / "one", *options), tmp_path, "test_parallel.in_float64")
+    run_ranks(3, arguments(corpus, tmp_path / "three", *options, "--shard"), tmp_path, "test_parallel.in_float64")
+    rounding = 1e-5 if "--optimizer=muon" in options else 1e-9  # orthogonal matrices are made in float32
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=rounding)
+    ours, theirs = tensors(tmp_path / "three", 4), tensors(tmp_path / "one", 4)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e3 * rounding, atol=10 * rounding, msg=name)
+
+
+def test_any_number_of_ranks_goes_on_from_any_other(corpus: Path, tmp_path: Path) -> None:
+    """2 sharded ranks -> 4 -> 1 alone -> 2 by DDP -> 2 sharded: each loads what the one before saved, unchanged."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    options = [*STEP, "--max_steps=10"]
+    run_ranks(1, arguments(corpus, whole, *options), tmp_path)
+    for stop, (ranks, shard) in zip((2, 4, 6, 8, 10), [(2, True), (4, True), (1, False), (2, False), (2, True)]):
+        more = [f"--stop_step={stop}", "--resume=auto", f"--shard={str(shard).lower()}"]
+        hook = "test_parallel.noting_what_is_read"
+        printed = run_ranks(ranks, arguments(corpus, out, *options, *more), tmp_path, hook)
+        assert checkpoint.is_sharded(out / "ckpt" / f"step_{stop}") == shard
+        assert printed.count("equal to the file") == (ranks if stop > 2 else 0)
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
+    model, _, manifest = checkpoint.load_model(out, torch.device("cpu"))  # as sample.py, eval.py and export.py load it
+    assert manifest["step"] == 10
+    assert same(dict(model.state_dict()), checkpoint.load_tensors(out / "ckpt" / "step_10", "model"))
+
+
+def noting_what_is_read() -> None:
+    """Have restore compare what it filled, gathered from all ranks, with what one process reads from the files."""
+    original = checkpoint.restore
+
+    def restore(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        original(folder, model, optimizers)
+        live = dict(model=model.state_dict(), optimizer=checkpoint.optimizer_tensors(model, optimizers))
+        for part, found in live.items():
+            wanted = checkpoint.load_tensors(folder, part)
+            assert same({name: parallel.whole(tensor) for name, tensor in found.items()}, wanted), part
+        print("equal to the file", flush=True)
+
+    checkpoint.restore = restore
+
+
+def test_the_guide_goes_from_shards_as_from_one_process(corpus: Path, tmp_path: Path) -> None:
+    options = [*STEP, "--max_steps=6", "--self_guided=0.5", "--save_interval=2"]
+    run_ranks(1, arguments(corpus, tmp_path / "one", *options), tmp_path)
+    run_ranks(2, arguments(corpus, tmp_path / "two", *options, "--shard"), tmp_path)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert not any("guide" in name for name in tensors(tmp_path / "two", 6))
+
+
+def test_shards_compute_in_bfloat16_and_are_kept_in_float32(corpus: Path, tmp_path: Path) -> None:
+    options = [*STEP, "--max_steps=5", "--dtype=bfloat16"]
+    run_ranks(1, arguments(corpus, tmp_path / "one", *options), tmp_path)
+    run_ranks(2, arguments(corpus, tmp_path / "two", *options, "--shard"), tmp_path)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "two", 5).values()} == {torch.float32}
+
+
+def test_a_foreign_index_is_not_unpickled(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run_ranks(2, arguments(corpus, out, "--tokens_per_step=256", "--max_steps=1", "--shard"), tmp_path)
+    folder = out / "ckpt" / "step_1"
+
+    class Touch:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "was here",))
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Touch()))
+    with pytest.raises(UserError, match=r"\.metadata is no index of a sharded checkpoint: it asks for "):
+        checkpoint.load_tensors(folder, "model")
+    assert not (tmp_path / "was here").exists()
+
+
+def test_a_rank_that_hangs_is_named(corpus: Path, tmp_path: Path) -> None:
+    options = ["--tokens_per_step=256", "--max_steps=50", "--hang_timeout=4"]
+    command = arguments(corpus, tmp_path / "run", *options)
+    printed = run_ranks(2, command, tmp_path, "test_parallel.rank_1_hangs", expect=1)
+    assert "error: rank 1 did not answer within 4 s" in printed
+
+
+def rank_1_hangs() -> None:
+    """From the third step on. It ends by itself, when the others are gone."""
+    original = train.seed_dropout
+
+    def seed_dropout(seed: int, step: int, rank: int) -> None:
+        original(seed, step, rank)
+        if rank == 1 and step == 2:
+            time.sleep(14)
+            os._exit(1)
+
+    train.seed_dropout = seed_dropout
