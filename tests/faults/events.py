@@ -1,0 +1,91 @@
+"""Hooks that make train.py meet a fault at a chosen event: conftest.start(..., hook='events.NAME')."""
+
+import collections
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+import data
+import train
+
+AUDITED = {"os.rename": "rename", "os.remove": "prune", "os.rmdir": "prune", "os.mkdir": "mkdir"}
+
+
+def kill_at() -> None:
+    """SIGKILL at the FAULT_AT-th event of FAULT_KIND by which this process touches the disk; FAULT_LOG lists them all.
+
+    save: before a file of tensors is written. write: after it, when half of it is gone again, as after a power cut.
+    fsync, rename, mkdir, prune: before the call.
+    """
+    kind, at = os.environ.get("FAULT_KIND", ""), int(os.environ.get("FAULT_AT", 0))
+    counts: collections.Counter[str] = collections.Counter()
+    lock = threading.RLock()
+    log = os.open(os.environ["FAULT_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def event(name: str, file: Path | None = None) -> None:
+        with lock:
+            counts[name] += 1
+            os.write(log, f"{name}\n".encode())
+            if name == kind and counts[name] == at:
+                if file is not None:
+                    os.truncate(file, file.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    save, fsync = torch.save, os.fsync
+
+    def noted_save(value: Any, file: Path) -> None:
+        event("save")
+        save(value, file)
+        event("write", file)
+
+    def noted_fsync(descriptor: int) -> None:
+        event("fsync")
+        fsync(descriptor)
+
+    torch.save, os.fsync = noted_save, noted_fsync
+    sys.addaudithook(lambda name, _: event(AUDITED[name]) if name in AUDITED else None)
+
+
+def full_disk() -> None:
+    """From the save of step 4 to that of step 8 no file may grow beyond 50 KB, as if the disk were full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    original = checkpoint.save
+
+    def save(run: Path, parts: checkpoint.Parts, state: dict[str, Any], tokenizer: Any) -> None:
+        limit = 50_000 if 4 <= state["step"] < 8 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        original(run, parts, state, tokenizer)
+
+    checkpoint.save = save
+
+
+def slow_evaluation() -> None:
+    """A quarter of a second a batch."""
+    original = data.eval_batch
+
+    def eval_batch(*arguments: Any) -> Any:
+        time.sleep(0.25)
+        return original(*arguments)
+
+    data.eval_batch = eval_batch
+
+
+def die_once() -> None:
+    """Rank 1 is killed before step 7, if the file FAULT_LOG is not there yet."""
+    original, marker = train.seed_dropout, Path(os.environ["FAULT_LOG"])
+
+    def seed_dropout(seed: int, step: int, rank: int) -> None:
+        if rank == 1 and step == 7 and not marker.exists():
+            marker.write_text("killed")
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(seed, step, rank)
+
+    train.seed_dropout = seed_dropout

@@ -1,0 +1,110 @@
+"""SIGKILL wherever a checkpoint touches the disk and at random moments: the resumed run ends with the same bits.
+
+    .venv/bin/pytest tests/faults/test_kill.py                a dozen kills
+    .venv/bin/pytest -m slow tests/faults/test_kill.py        100 of them
+"""
+
+import collections
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import run, start
+from test_train import arguments, losses, same, tensors
+
+STEPS = 60
+OPTIONS = ["--dropout=0.1", "--tokens_per_step=256", f"--max_steps={STEPS}", "--save_interval=3", "--eval_interval=10"]
+OPTIONS += ["--eval_tokens=64", "--skip_spikes=6"]
+KINDS = ("save", "write", "fsync", "rename", "mkdir", "prune")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, collections.Counter]:
+    """The run that nothing befell, and how often it touched the disk in each way."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(
+        arguments(corpus, folder / "run", *OPTIONS),
+        folder / "out.txt",
+        dict(FAULT_LOG=str(folder / "events")),
+        "events.kill_at",
+    )
+    process.join()
+    assert process.exitcode == 0, (folder / "out.txt").read_text()
+    return folder / "run", collections.Counter((folder / "events").read_text().split())
+
+
+def kill_again_and_again(corpus: Path, whole: Path, folder: Path, kills: int, draw: random.Random) -> dict[str, int]:
+    """Kill runs at drawn events until so many kills were met; each run is resumed until it ends. The kills, by kind."""
+    met: collections.Counter[str] = collections.Counter()
+    for number in range(kills):
+        out = folder / f"run_{number}"
+        while True:
+            kind = KINDS[sum(met.values()) % len(KINDS)] if sum(met.values()) < kills else ""
+            fault = dict(FAULT_LOG=str(folder / "events"), FAULT_KIND=kind, FAULT_AT=str(draw.randint(1, 12)))
+            command = arguments(corpus, out, *OPTIONS, "--resume=auto")
+            process = start(command, folder / "out.txt", fault, "events.kill_at")
+            process.join()
+            printed = (folder / "out.txt").read_text()
+            assert process.exitcode in (0, -signal.SIGKILL), printed
+            assert "passed over" not in printed  # nothing half written ever stands under a checkpoint's name
+            if process.exitcode == 0:
+                break
+            met[kind] += 1
+        assert losses(out) == losses(whole)
+        assert same(tensors(out, STEPS), tensors(whole, STEPS))
+        if sum(met.values()) >= kills:
+            break
+    return dict(met)
+
+
+def test_a_dozen_kills_lose_nothing(corpus: Path, tmp_path: Path, undisturbed: tuple) -> None:
+    whole, events = undisturbed
+    assert all(events[kind] > 12 for kind in KINDS)  # so each draw is met
+    met = kill_again_and_again(corpus, whole, tmp_path, 12, random.Random(1))
+    assert sum(met.values()) == 12
+    assert met.keys() == set(KINDS)
+
+
+@pytest.mark.slow
+def test_eighty_kills_lose_nothing(corpus: Path, tmp_path: Path, undisturbed: tuple) -> None:
+    met = kill_again_and_again(corpus, undisturbed[0], tmp_path, 80, random.Random(2))
+    print(f"kills by event: {met}")
+    assert sum(met.values()) == 80
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(corpus: Path, tmp_path: Path, undisturbed: tuple) -> None:
+    draw, kills, number = random.Random(3), 0, 0
+    while kills < 20:
+        number += 1
+        out = tmp_path / f"run_{number}"
+        while True:
+            process = start(arguments(corpus, out, *OPTIONS, "--resume=auto"), tmp_path / "out.txt")
+            process.join(draw.uniform(0.5, 3.0) if kills < 20 else None)
+            if process.exitcode is None:
+                kills += 1
+                process.kill()
+                process.join()
+            elif process.exitcode == 0:
+                break
+        assert losses(out) == losses(undisturbed[0])
+        assert same(tensors(out, STEPS), tensors(undisturbed[0], STEPS))
+
+
+@pytest.mark.slow
+def test_a_worker_killed_under_torchrun_goes_on_by_itself(corpus: Path, tmp_path: Path) -> None:
+    """--max-restarts starts all ranks again, and --resume=auto finds the last checkpoint."""
+    options = ["--tokens_per_step=256", "--max_steps=12", "--save_interval=5", "--resume=auto"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    program = "import sys; sys.path[:0] = ['tests', 'tests/faults', '.']; import events, train\n"
+    program += "events.die_once(); train.main(train.load_config(sys.argv[1:]))"
+    (tmp_path / "dies.py").write_text(program)
+    env = dict(FAULT_LOG=str(tmp_path / "killed"), PYTHONPATH=".")
+    dies = [str(tmp_path / "dies.py"), *arguments(corpus, tmp_path / "run", *options)[1:]]
+    result = run(*launch, "--max-restarts=2", *dies, env=env)
+    assert (tmp_path / "killed").exists()
+    assert "going on from" in result.stdout
+    run(*launch, *arguments(corpus, tmp_path / "whole", *options))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same(tensors(tmp_path / "run", 12), tensors(tmp_path / "whole", 12))
