@@ -249,23 +249,30 @@ def in_blocks(c: TrainConfig) -> int:
 
 def report_scaling(o: RunOptions, runs: dict[Planned, Run]) -> list[str]:
     lines = [f"{o.preset} with dense attention at C = {', '.join(map(str, o.sizes))}, {Path(o.dataset).name},"]
-    lines += [f"seeds: {o.seeds}, {o.tokens_per_parameter:g} tokens a parameter of the dense blocks. The slope s is that of the line"]
-    lines += ["ln loss = a + s ln FLOPs by least squares, with its standard error; nothing is taken off the loss.\n"]
+    lines += [f"seeds: {o.seeds}, {o.tokens_per_parameter:g} tokens a parameter of the dense blocks. The slope s is that"]
+    lines += ["of the line ln loss = a + s ln FLOPs by least squares over all sizes and seeds, with its standard error;"]
+    lines += ["nothing is taken off the loss. A bend that all lines share makes the error of the difference too large;"]
+    lines += ["in brackets the differences of each seed's own lines.\n"]
     lines += ["| feed-forward | val loss by size | training FLOPs by size | slope | slope less dense's |"]
     lines += ["|---" * 5 + "|"]
-    fits = {arm: slope(*points(of_seeds)) for arm, of_seeds in by_arm(runs).items()}
-    for arm, of_seeds in by_arm(runs).items():
-        flops, losses = points(of_seeds)
+    arms = by_arm(runs)
+    dense, dense_error = slope(*points(arms["dense"]))
+    dense_by_seed = slopes_by_seed(o, arms["dense"])
+    for arm, of_arm in arms.items():
+        flops, losses = points(of_arm)
         at = sorted(set(flops))
-        means = ", ".join(f"{losses[flops == x].mean():.4f}" for x in at)
-        (s, error), (dense, dense_error) = fits[arm], fits["dense"]
-        less = "" if arm == "dense" else f"{s - dense:+.4f} ± {math.hypot(error, dense_error):.4f}"
-        shown = ", ".join(f"{x:.3g}" for x in at)
+        means, shown = (", ".join(x) for x in zip(*((f"{losses[flops == f].mean():.4f}", f"{f:.3g}") for f in at)))
+        s, error = slope(flops, losses)
+        by_seed = ", ".join(f"{a - b:+.4f}" for a, b in zip(slopes_by_seed(o, of_arm), dense_by_seed))
+        less = "" if arm == "dense" else f"{s - dense:+.4f} ± {math.hypot(error, dense_error):.4f} ({by_seed})"
         lines.append(f"| {arm} | {means} | {shown} | {s:.4f} ± {error:.4f} | {less} |")
-    if len(o.sizes) * o.seeds > 2:
-        lines.append(f"\nEach line has {len(o.sizes) * o.seeds - 2} degrees of freedom left for its error.")
-    draw_scaling(by_arm(runs))
+    lines.append(f"\nDegrees of freedom left for the error of each line: {max(0, len(o.sizes) * o.seeds - 2)}.")
+    draw_scaling(arms)
     return [*lines, "\n![loss against training FLOPs](structured_ffn_scaling.png)"]
+
+
+def slopes_by_seed(o: RunOptions, runs: list[Run]) -> list[float]:
+    return [slope(*points([run for run in runs if run.options["seed"] == seed]))[0] for seed in seeds(o)]
 
 
 def points(runs: list[Run]) -> tuple[np.ndarray, np.ndarray]:
