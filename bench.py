@@ -4,6 +4,7 @@
     python bench.py config/lpa_cpu.py --mode=train                              a training step, alternating
     python bench.py config/lpa_130m.py --vocab_size=32000 --mode=train --against=dense,hf   transformers' class, too
     python bench.py config/lpa_cpu.py --mode=decode --json                      for other programs
+    python bench.py config/lpa_cpu.py --mode=decode --premerge                  factors merged where that is faster
     python bench.py config/lpa_cpu.py --mode=train --recompute=latents --against=plain      what recomputing costs
     python bench.py --mode=suite                                                the standing list, into results/
 
@@ -54,6 +55,8 @@ class BenchConfig:
     """Measurements of each variant, in turns."""
     decode_tokens: int = 64
     """Tokens that a measurement of 'decode' draws."""
+    premerge: bool = False
+    """In 'prefill' and 'decode' form the dense matrices of factored layers where that is faster, as sample.py does."""
     context: int | None = None
     """Tokens that are in the cache before; None = the rest of block_size."""
     json: bool = False
@@ -64,6 +67,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.mode in ("prefill", "decode") and self.train.compile in ("model", "block"):
             raise ValueError(f"compile is {self.train.compile!r}, but mode {self.mode!r} runs eager: leave compile out")
+        if self.premerge and self.mode not in ("prefill", "decode"):
+            raise ValueError(f"premerge is True, wanted False for mode {self.mode!r}")
         if self.pairs < 1:
             raise ValueError(f"pairs is {self.pairs}, wanted 1 or more")
         limit = self.train.gpt.block_size
@@ -300,6 +305,8 @@ def make_work(c: BenchConfig, name: str, options: TrainConfig, device: torch.dev
         idx = torch.randint(gpt.vocab_size, (options.batch_size, gpt.block_size + 1))
     x, y = idx[:, :-1], idx[:, 1:]  # each (B, T)
     flops, tokens = counted.flops_per_token() * x.numel(), x.numel()
+    if c.premerge and name == "model":
+        print("\n".join(decode.premerge(served(model, options.dtype))), file=sys.stderr)
     if c.mode == "train":
         run = training(model, x, y, options, device)
         flops *= 3

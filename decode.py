@@ -1,4 +1,4 @@
-"""Decoding: the key-value cache, attention to it, and the loop that draws one token after the other.
+"""Decoding: the key-value cache, attention to it, weights merged ahead, and the loop that draws the next tokens.
 
 Where k or v is low-rank or block-dense, y = B c with c = A x, the cache holds the latents c alone, and B is never
 applied to them:
@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model import GPT, Attention, GPTConfig, attend
+from model import GPT, Attention, GPTConfig, attend, matrix_numbers
+from products import linear
 
 
 def cached_widths(c: GPTConfig) -> dict[str, tuple[int, int]]:
@@ -161,6 +162,91 @@ def per_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(B, len(weight), -1, N).transpose(0, 1).flatten(1, 2)  # (G, B T H / G, N)
     y = rows @ weight if bias is None else torch.baddbmm(bias, rows, weight)
     return y.unflatten(1, (B, -1)).transpose(0, 1).reshape(B, H, T, -1)
+
+
+# --- Weights merged ahead -----------------------------------------------------------------------------------------
+
+MOST_TOKENS = 1024  # of a call for which premerge tries the dense matrix
+
+
+class Merged(nn.Module):
+    """A factored layer with the dense matrix (C_out, C_in) it stands for beside it, for decoding.
+
+    A call of up to `few` tokens, batch and time together, takes the matrix, as it costs one product; a longer one takes
+    the factors, as they cost fewer FLOPs (Wei et al., arXiv 2406.16450). The matrix does not follow the factors.
+    """
+
+    rank = 0  # no latent is seen from outside
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.few = layer, 0
+        self.register_buffer("weight", layer.materialise().detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() <= self.few * x.size(-1):
+            return linear(x, self.weight, self.layer.bias)
+        return self.layer(x)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def widen(self, y: Tensor) -> Tensor:
+        """From narrow's result to the layer's: nothing is left to do."""
+        return y
+
+
+@torch.inference_mode()
+def premerge(model: GPT) -> list[str]:
+    """Wrap in Merged the factored layers that a dense matrix is faster for, here and now; a model to save stays as is.
+
+    How many tokens are few is measured for each kind and shape of layer, in the precision in force (autocast or not),
+    and kept with the model for as long as it is there: no file remembers it, as another load of the machine or another
+    number of threads would make it wrong. k and v stay as they are where the cache keeps their latents, which need B
+    apart. Returns lines that say what was found and what memory it takes.
+    """
+    apart = {name for name, kept in (("k", latent_keys(model.config)), ("v", latent(model.config, "v"))) if kept}
+    groups: dict[tuple, list[str]] = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "materialise") and name.rpartition(".")[2] not in apart:
+            groups.setdefault((type(layer).__name__, layer.A.shape, layer.B.shape), []).append(name)
+    lines, extra = [], 0
+    for (kind, *_), names in groups.items():
+        layers = [Merged(model.get_submodule(name)) for name in names]
+        few, (d_out, d_in) = few_tokens(layers), layers[0].weight.shape
+        found = f"merged for calls of up to {few} tokens" if few else "left apart, which is faster for one token, too"
+        lines.append(f"premerge: {len(layers)} {kind} layers {d_in} -> {d_out}: {found}")
+        for name, layer in zip(names, layers):
+            if few:
+                layer.few = few
+                model.set_submodule(name, layer)
+                extra += layer.weight.nbytes
+    size = model.lm_head.weight.element_size()
+    factors = size * sum(matrix_numbers(model.get_submodule(name)) for names in groups.values() for name in names)
+    return [*lines, f"premerge: {extra / 1e6:.1f} MB of merged weights beside {factors / 1e6:.1f} MB of factors"]
+
+
+def few_tokens(layers: list[Merged]) -> int:
+    """Up to how many tokens, of 1, 2, 4, ..., the matrices of these layers of one shape are faster; 0 = of none."""
+    weight, few = layers[0].weight, 0
+    while (tokens := max(1, 2 * few)) <= MOST_TOKENS:
+        x = weight.new_ones(tokens, 1, weight.size(1))
+        if seconds_of(layers, x, few=tokens) >= seconds_of(layers, x, few=0):
+            break
+        few = tokens
+    return few
+
+
+def seconds_of(layers: list[Merged], x: Tensor, few: int) -> float:
+    """Of all layers in turns, so that their weights come from where they would in the model, be it cache or memory."""
+    import hardware  # here, as it needs config, which needs recurrent.py, which needs this file
+
+    for layer in layers:
+        layer.few = few
+    return hardware.fastest(lambda: [layer(x) for layer in layers], x.device, seconds=0.03)
+
+
+# --- Generation ----------------------------------------------------------------------------------------------------
 
 
 def new_cache(model: GPT, batch_size: int) -> KVCache:

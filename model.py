@@ -195,7 +195,8 @@ class Dense(nn.Module):
 class LowRank(nn.Module):
     """y = B (A x) + bias: a matrix of rank R that is never formed (paper, section 3.1).
 
-    Not to decode either: merged ahead it was 1.4 to 2.2 times slower at C 768 and R 128 (results/decode_cpu.md).
+    Not to decode either, but where measuring finds it faster (decode.premerge): merged ahead it was 1.4 to 2.2 times
+    slower at C 768 and R 128 (results/decode_cpu.md).
     """
 
     def __init__(self, d_in: int, d_out: int, rank: int, bias: bool) -> None:
@@ -568,7 +569,7 @@ class GPT(nn.Module):
         not. Training takes three times as much.
         """
         c = self.config
-        kinds = [m for m in self.modules() if hasattr(m, "widen") and not hasattr(m, "guide")]
+        kinds = [m for m in self.modules() if hasattr(m, "widen") and not hasattr(m, "layer")]  # not what wraps one
         matrices = sum(matrix_numbers(m) for m in kinds)
         widths = 2 * c.heads_dim + c.n_head * (c.rope_dim or 0)  # of all heads' keys and values
         return 2 * matrices + c.n_layer * (context or c.block_size) * widths

@@ -39,6 +39,8 @@ class SampleConfig:
     """Draw from the smallest set of tokens that holds this share of the probability."""
     beyond: Literal["window", "stop"] = "window"
     """When the model's context is full: go on from the last half of it, or stop with a message."""
+    premerge: bool = False
+    """Form the dense matrices of factored layers, too, where they are faster for few tokens: this is measured first."""
     seed: int = 1
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -63,6 +65,11 @@ def main(c: SampleConfig) -> None:
     if not ids:
         ids = [0 if tokenizer.end_of_text is None else tokenizer.end_of_text]
     carried = isinstance(model, recurrent.RecurrentGPT)
+    if c.premerge and carried:
+        raise UserError(f"premerge is True, wanted False for {c.run}, whose model is 'recurrent'")
+    if c.premerge:
+        with hardware.autocast(device, c.dtype):
+            print("\n".join(decode.premerge(model)), file=sys.stderr)
     endless = carried and model.config.pos != "learned"
     if len(ids) > model.config.block_size and not endless:
         print(f"note: the model sees the last {model.config.block_size} of {len(ids)} tokens", file=sys.stderr)

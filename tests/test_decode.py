@@ -137,3 +137,60 @@ def test_rope_dim_is_counted_trained_and_checked() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             GPTConfig(**SMALL, **options)
+
+
+# --- Weights merged ahead -----------------------------------------------------------------------------------------
+
+STRUCTURES = [LowDim(q=8, k=6, v=5, o=7), LowDim(q="blockshuffle:4", k="blockdense:8:2", v="blockshuffle:2", up=6,
+                                                 gate="blockdense:12:4", down="blockshuffle:4")]  # fmt: skip
+
+
+@pytest.mark.parametrize("few", [0, 4, 1024])
+@pytest.mark.parametrize("lowdim", STRUCTURES, ids=str)
+@pytest.mark.parametrize("options", [dict(pos="none"), dict(pos="rope", bias=True, n_kv_head=2)], ids=str)
+@torch.inference_mode()
+def test_a_merged_model_decodes_as_its_factors_do(
+    options: dict, lowdim: LowDim, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the dense matrices never, for calls of up to 4 tokens, and always; the cache and the counts are the same."""
+    model, idx = randomised(**options, lowdim=lowdim), tokens(3, 24)
+    full, counts = model(idx), (model.n_params(), model.flops_per_token())
+    cached = {name: held.shape for name, held in decode.new_cache(model, 3).held.items()}
+    monkeypatch.setattr(decode, "few_tokens", lambda layers: few)
+    lines = decode.premerge(model)
+    merged = [m for m in model.modules() if isinstance(m, decode.Merged)]
+    kept = {name for name in "kv" if cached[name][2] == 1}  # their latents are cached: B has to stay apart
+    names = {name for name in ("q", "k", "v", "o", "gate", "up", "down") if getattr(lowdim, name)} - kept
+    assert len(merged) == (2 * len(names) if few else 0)
+    assert all(m.few == few for m in merged)
+    extra = 4 * sum(m.weight.numel() for m in merged)
+    assert lines[-1].startswith(f"premerge: {extra / 1e6:.1f} MB of merged weights")
+    assert counts == (model.n_params(), model.flops_per_token())
+    assert cached == {name: held.shape for name, held in decode.new_cache(model, 3).held.items()}
+    close(model(idx), full)
+    for pieces in ([1] * 24, [7, 1, 1, 5, 10]):
+        cache = decode.new_cache(model, 3)
+        steps = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
+        close(torch.cat(steps, dim=1), full)
+
+
+@torch.inference_mode()
+def test_a_merged_layer_takes_the_matrix_for_few_tokens_alone() -> None:
+    layer = decode.Merged(randomised(lowdim=STRUCTURES[1]).transformer.h[0].mlp.down)
+    layer.few = 6
+    layer.weight.zero_()  # so that what comes out says which was taken
+    x = torch.ones(3, 2, layer.weight.size(1))
+    assert layer(x).abs().sum() == 0
+    assert torch.equal(layer(x[:, :1]), layer.layer(x[:, :1]) * 0)
+    x = torch.ones(7, 1, layer.weight.size(1))
+    assert torch.equal(layer(x), layer.layer(x))
+
+
+@torch.inference_mode()
+def test_the_number_of_tokens_that_are_few_is_where_the_factors_become_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of our own: the matrix takes 10 seconds and 1 a token, the factors `first` and half a second."""
+    layers = [decode.Merged(m) for m in randomised(lowdim=LowDim(up=6)).modules() if hasattr(m, "materialise")]
+    for first, wanted in ((10, 0), (12, 2), (20, 16), (1e9, decode.MOST_TOKENS)):
+        seconds = lambda layers, x, few: 10 + len(x) if few else first + len(x) / 2  # noqa: B023, E731
+        monkeypatch.setattr(decode, "seconds_of", seconds)
+        assert decode.few_tokens(layers) == wanted
