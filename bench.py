@@ -130,10 +130,12 @@ def with_vocabulary(c: TrainConfig) -> GPTConfig:
     """vocab_size as given, else the corpus's, else the paper's 32,000 with a note."""
     if c.gpt.vocab_size is not None:
         return c.gpt
-    if (data.DATA / c.dataset / "meta.json").exists():
-        return train.with_vocabulary(c, data.open_corpus(c.dataset, "train")).gpt
-    print(f"note: {c.dataset} is not prepared; counting with the paper's vocab_size = 32000", file=sys.stderr)
-    return dataclasses.replace(c.gpt, vocab_size=32000)
+    try:
+        data.corpus_folder(c.dataset)
+    except UserError:
+        print(f"note: {c.dataset} is not prepared; counting with the paper's vocab_size = 32000", file=sys.stderr)
+        return dataclasses.replace(c.gpt, vocab_size=32000)
+    return train.with_vocabulary(c, data.open_corpus(c.dataset, "train")).gpt
 
 
 def count(c: GPTConfig, dtype: str, recompute: str = "none") -> dict[str, Any]:

@@ -97,6 +97,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
     log.say(f"{model}\n{optim.describe(optimizers)}")
     if stage is None:
         log.say(f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate")
+        log.say(f"tokenizer: {' '.join(str(train_data.meta['tokenizer'].get(name, '')) for name in ('kind', 'name'))}")
     else:
         log.say(f"data: {c.dataset}, {c.task.keep} tokens to keep among {c.task.noise} of noise, made as they are read")
     log.say(

@@ -71,7 +71,8 @@ class TrainConfig:
 
     # Data. A step sees tokens_per_step tokens, whatever the number of ranks; accumulation follows from it.
     dataset: str = "pystdlib"
-    """A corpus below data/, the path of a folder that holds meta.json and its shards, or copy, or selective_copy."""
+    """A corpus below data/, the path of a folder that holds meta.json and its shards, or token files of llm.c,
+    modded-nanogpt or nanoGPT (taken for GPT-2's), or copy, or selective_copy."""
     task: CopyTask = field(default_factory=CopyTask)
     batch_size: int = 8
     """Sequences per rank and micro-step; fewer where tokens_per_step does not give so many to each of several ranks."""

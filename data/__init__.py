@@ -1,8 +1,7 @@
 """Corpora: token shards on disk, the batches of a training step, the fixed windows of an evaluation.
 
 A corpus is a folder with {train,val,test}_00000.bin, ... and meta.json, written by `python -m data.NAME.prepare`.
-A shard is a file as llm.c and modded-nanogpt have it, so theirs can be read here and ours there: 256 little-endian
-int32 (magic, version, number of tokens, zeros), then the tokens as uint16 or uint32.
+A folder of llm.c, modded-nanogpt or nanoGPT has no meta.json and is a corpus too; data/shards.py says how it is read.
 
 Letters: N tokens of a split, T block_size, B batch_size.
 """
@@ -21,16 +20,11 @@ from torch import Tensor
 
 from config import UserError
 from data.copying import Copying
+from data.shards import HEADER_BYTES, SHARD_MAGIC, check_shard, describe_foreign, foreign_files
+from data.tokenizers import load_tokenizer
 
 DATA = Path(__file__).parent
-HEADER_BYTES = 1024
-SHARD_MAGIC = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # dtype -> magic, version
-
-
-def shard_header(dtype: str, tokens: int) -> bytes:
-    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = *SHARD_MAGIC[dtype], tokens
-    return header.tobytes()
+CHUNK = 1 << 20  # tokens whose bytes are counted at a time
 
 
 @dataclass(frozen=True)
@@ -46,10 +40,17 @@ class Corpus:
     def tokens(self) -> int:
         return self.meta["splits"][self.split]["tokens"]
 
-    @property
+    @cached_property
     def bytes(self) -> int:
-        """UTF-8 bytes of the text behind the tokens, for bits per byte."""
-        return self.meta["splits"][self.split]["bytes"]
+        """UTF-8 bytes of the text behind the tokens, for bits per byte; in files of others they are counted."""
+        if "bytes" in self.meta["splits"][self.split]:
+            return self.meta["splits"][self.split]["bytes"]
+        tokenizer = load_tokenizer(self.folder, self.meta["tokenizer"])
+        lengths = np.array([len(tokenizer.decode_bytes(token)) for token in range(tokenizer.vocab_size)])
+        if tokenizer.end_of_text is not None:
+            lengths[tokenizer.end_of_text] = 0
+        chunks = range(0, self.tokens, CHUNK)
+        return sum(int(lengths[self.window(start, min(CHUNK, self.tokens - start))].sum()) for start in chunks)
 
     @property
     def max_token(self) -> int:
@@ -62,7 +63,10 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any token: a resumed run recognises its data by them."""
+        """16 hex digits that change with any token, in files of others with any near an end of a file.
+
+        A resumed run recognises its data by them.
+        """
         hashes = [shard["sha256"] for shard in self.meta["splits"][self.split]["shards"]]
         return sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
@@ -84,8 +88,9 @@ class Corpus:
             shard = bisect_right(self.shard_ends, start)
             first = start - (self.shard_ends[shard - 1] if shard else 0)
             count = min(length, self.shard_ends[shard] - start)
-            path = self.folder / self.meta["splits"][self.split]["shards"][shard]["file"]
-            part = np.fromfile(path, dtype, count, offset=HEADER_BYTES + first * dtype.itemsize)
+            described = self.meta["splits"][self.split]["shards"][shard]
+            path, header_bytes = self.folder / described["file"], described.get("header_bytes", HEADER_BYTES)
+            part = np.fromfile(path, dtype, count, offset=header_bytes + first * dtype.itemsize)
             if len(part) < count:
                 raise UserError(f"{path} ends after {first + len(part)} tokens, wanted {first + count} or more")
             parts.append(part)
@@ -94,7 +99,9 @@ class Corpus:
 
 
 def open_corpus(dataset: str, split: str) -> Corpus:
-    """The split of a corpus below data/, or in any folder that holds meta.json, checked except for the tokens.
+    """The split of a corpus below data/, or of any folder that holds meta.json or token files of others.
+
+    All is checked here but the tokens of our own shards, whose largest one meta.json tells.
 
     Raises UserError: no such corpus (with the command that prepares it) or split, a shard missing, cut or foreign.
     """
@@ -104,7 +111,8 @@ def open_corpus(dataset: str, split: str) -> Corpus:
         raise UserError(f"corpus {dataset} has no split {split!r}; it has {', '.join(meta['splits'])}")
     corpus = Corpus(folder, split, meta)
     for shard in meta["splits"][split]["shards"]:
-        check_shard(folder / shard["file"], meta["dtype"], shard["tokens"])
+        if "header_bytes" not in shard:  # those of others were checked when they were described
+            check_shard(folder / shard["file"], meta["dtype"], shard["tokens"])
     if corpus.max_token >= corpus.vocab_size:
         raise UserError(f"{folder} holds token {corpus.max_token}, wanted below vocab_size = {corpus.vocab_size}")
     return corpus
@@ -112,22 +120,28 @@ def open_corpus(dataset: str, split: str) -> Corpus:
 
 def corpus_folder(dataset: str) -> Path:
     """Where the corpus is. Names below data/ come first, whatever the working directory."""
-    for folder in (DATA / dataset, Path(dataset)):
+    places = (DATA / dataset, Path(dataset))
+    for folder in places:
         if (folder / "meta.json").is_file():
             return folder
-    if any((DATA / dataset).glob("progress*.jsonl")) or any((DATA / dataset).glob("meta_*.json")):
+    if any(any(folder.glob(note)) for folder in places for note in ("progress*.jsonl", "meta_*.json")):
         raise UserError(f"corpus {dataset} is not finished; run the command that prepares it again, it goes on")
     if (DATA / dataset / "prepare.py").is_file():
         raise UserError(f"corpus {dataset} is not prepared; run: python -m data.{dataset}.prepare")
+    for folder in places:
+        if foreign_files(folder):
+            return folder
     ready = ", ".join(sorted(script.parent.name for script in DATA.glob("*/prepare.py")))
     raise UserError(
-        f"no corpus {dataset} below {DATA.name}/ and no {Path(dataset) / 'meta.json'}; prepare your own text with: "
-        f"python -m data.own_text.prepare --path=TEXT --name={Path(dataset).name}, or one of {ready}"
+        f"no corpus {dataset} below {DATA.name}/, no {Path(dataset) / 'meta.json'} and no train.bin; prepare your "
+        f"own text with: python -m data.own_text.prepare --path=TEXT --name={Path(dataset).name}, or one of {ready}"
     )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json. Raises UserError where it is not one of ours."""
+    """meta.json, or what it would say of files of others. Raises UserError where it is not one of ours."""
+    if not (folder / "meta.json").is_file():
+        return describe_foreign(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         known = meta["format"] == 1 and meta["dtype"] in SHARD_MAGIC and {"splits", "vocab_size"} <= meta.keys()
@@ -136,20 +150,6 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not known:
         raise UserError(f"{folder / 'meta.json'} is not the description of a corpus of format 1")
     return meta
-
-
-def check_shard(path: Path, dtype: str, tokens: int) -> None:
-    """Raises UserError where the file is missing, not of this kind, or not of this length."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing, wanted a shard of {tokens} tokens")
-    wanted = HEADER_BYTES + tokens * np.dtype(dtype).itemsize
-    if path.stat().st_size != wanted:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, wanted {wanted}; it was cut or is not of this corpus")
-    magic, version, count = np.fromfile(path, "<i4", 3).tolist()
-    if (magic, version) != SHARD_MAGIC[dtype]:
-        raise UserError(f"{path} starts with {magic} {version}, wanted {SHARD_MAGIC[dtype]} for a shard of {dtype}")
-    if count != tokens:
-        raise UserError(f"{path} says that it holds {count} tokens, wanted {tokens} as meta.json says")
 
 
 def batch(

@@ -6,13 +6,15 @@ Each kind has
     encode_array(text)           the same as an array
     decode(ids)                  text; bytes that are not UTF-8 become the replacement character
     decode_bytes(id)             the bytes of one token, for output as it comes
-    save(folder)                 writes what it needs there and returns the spec, a dict for JSON
+    spec()                       what makes it again, a dict for JSON
+    save(folder)                 writes what else it needs there and returns the spec
 and load_tokenizer(folder, spec) makes it again without a network.
 """
 
 import base64
 import hashlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,11 @@ class ByteTokenizer:
     def decode_bytes(self, token: int) -> bytes:
         return END_OF_TEXT.encode() if token == self.end_of_text else bytes([token])
 
-    def save(self, folder: Path) -> dict[str, Any]:
+    def spec(self) -> dict[str, Any]:
         return {"kind": "byte", "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return self.spec()
 
 
 class CharTokenizer:
@@ -81,8 +86,11 @@ class CharTokenizer:
     def decode_bytes(self, token: int) -> bytes:
         return self.characters[token].encode()
 
-    def save(self, folder: Path) -> dict[str, Any]:
+    def spec(self) -> dict[str, Any]:
         return {"kind": "char", "vocab_size": self.vocab_size, "characters": "".join(self.characters)}
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return self.spec()
 
 
 class BPETokenizer:
@@ -106,19 +114,27 @@ class BPETokenizer:
     def decode_bytes(self, token: int) -> bytes:
         return self.encoding.decode_single_token_bytes(token)
 
-    def save(self, folder: Path) -> dict[str, Any]:
-        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
-        contents = b"".join(lines)
-        (folder / RANKS_FILE).write_bytes(contents)
+    @cached_property
+    def ranks_file(self) -> bytes:
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
+
+    def spec(self) -> dict[str, Any]:
         spec = {"kind": "bpe", "name": self.name, "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
-        return {**spec, "pattern": self.pattern, "sha256": hashlib.sha256(contents).hexdigest()}
+        return {**spec, "pattern": self.pattern, "sha256": hashlib.sha256(self.ranks_file).hexdigest()}
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        (folder / RANKS_FILE).write_bytes(self.ranks_file)
+        return self.spec()
 
 
 Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
 
 
 def load_tokenizer(folder: Path | str, spec: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that save(folder) described. Raises UserError where its file is missing or another one."""
+    """The tokenizer of a spec, from its file in the folder, or where it is one of tiktoken's without that file.
+
+    Raises UserError where the file is missing or another one.
+    """
     if spec["kind"] == "byte":
         return ByteTokenizer()
     if spec["kind"] == "char":
@@ -126,6 +142,8 @@ def load_tokenizer(folder: Path | str, spec: dict[str, Any]) -> Tokenizer:
     if spec["kind"] != "bpe":
         raise UserError(f"{folder} has a tokenizer of kind {spec['kind']!r}, wanted 'byte', 'char' or 'bpe'")
     path = Path(folder) / RANKS_FILE
+    if not path.is_file() and spec["name"] in tiktoken.list_encoding_names():
+        return tiktoken_encoding(spec["name"])
     contents = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(contents).hexdigest() != spec["sha256"]:
         state = "is not the file that was saved" if contents else "is missing"

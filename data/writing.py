@@ -22,7 +22,8 @@ import tiktoken
 from tqdm import tqdm
 
 from config import UserError
-from data import DATA, HEADER_BYTES, corpus_folder, read_meta, shard_header
+from data import DATA, corpus_folder, read_meta
+from data.shards import HEADER_BYTES, shard_header
 from data.texts import Piece, Task, cut_safely, in_tasks
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, tiktoken_encoding, train_bpe
 

@@ -34,6 +34,10 @@ class Run:
     """Without embeddings and head."""
     steps: list[dict[str, float]]
     evaluations: list[dict[str, float]]
+    start: dict[str, Any]
+    """The record of its last start: versions, device, ranks, the parameter table in lines."""
+    samples: list[dict[str, Any]]
+    """Text that the model wrote at evaluations: each with step and sample."""
 
     @property
     def finished(self) -> bool:
@@ -105,7 +109,8 @@ def as_run(log: Path, records: list[dict[str, Any]]) -> Run:
         if record.get("val_loss") is not None and record["step"] in place
     ]
     flat = flatten(start["options"]) | dict(device=start["device"])
-    return Run(log, flat, 3 * flops, parameters, in_blocks, steps, evaluations)
+    samples = [record for record in records if isinstance(record.get("sample"), str)]
+    return Run(log, flat, 3 * flops, parameters, in_blocks, steps, evaluations, start, samples)
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Options:
     """The training loss is the mean over this share of the longest curve, 0 = as logged, one batch a point; None = 2 %,
     and of a short log 20 points, but at most a fifth."""
     y_max: float | None = None
-    """Top of the axis; None = where the slowest curve is after a tenth of the longest."""
+    """Top of the axis; None = where the slowest curve is after a tenth of the longest, or at its own end."""
     each_seed: bool = False
     """A curve for each run, those that differ only in their seed too."""
     watch: bool = False
@@ -215,16 +215,15 @@ def draw(o: Options, runs: list[Run]) -> None:
     if o.x == "rank":
         draw_ranks(o, runs, axes)
     else:
-        draw_curves(o, runs, axes)
-    axes.set_xlabel(X[o.x])
+        draw_curves(o, *make_curves(o, runs), axes)
     add_legend(figure, axes)
     save(figure, o.out)
 
 
-def draw_curves(o: Options, runs: list[Run], axes: "Axes") -> None:
+def draw_curves(o: Options, curves: list[Curve], width: float, axes: "Axes") -> None:
+    """What make_curves gives, with the labels of both axes."""
     from matplotlib.ticker import EngFormatter
 
-    curves, width = make_curves(o, runs)
     longest = max(curve.x[-1] for curve in curves)
     for number, curve in enumerate(curves):
         look = style(number)
@@ -236,14 +235,15 @@ def draw_curves(o: Options, runs: list[Run], axes: "Axes") -> None:
     if o.y_max is not None:
         axes.set_ylim(top=o.y_max)
     else:
-        after = [curve.y[np.searchsorted(curve.x, longest / 10) :] for curve in curves]
-        seen = np.concatenate([y for y in after if len(y)])
+        starts = [min(np.searchsorted(curve.x, longest / 10), len(curve.x) - 1) for curve in curves]
+        seen = np.concatenate([curve.y[start:] for curve, start in zip(curves, starts)])
         room = 0.06 * (seen.max() - seen.min()) or 0.05 * abs(seen.max()) or 1.0
         axes.set_ylim(min(curve.low.min() for curve in curves) - room, seen.max() + room)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" " if o.x == "flops" else ""))
     shown = EngFormatter(sep="")(float(f"{width:.3g}"))
     unit = {"tokens": " tokens", "flops": " FLOP", "seconds": " s"}[o.x]
+    axes.set_xlabel(X[o.x])
     axes.set_ylabel(Y[o.y] + (f"\nmean over {shown}{unit} around each point" if width else ""))
 
 
@@ -264,6 +264,7 @@ def draw_ranks(o: Options, runs: list[Run], axes: "Axes") -> None:
         if len(y) > 1:
             several, spread = True, y.std(ddof=1)
             axes.axhspan(y.mean() - spread, y.mean() + spread, color=look["color"], alpha=0.15, linewidth=0)
+    axes.set_xlabel(X[o.x])
     axes.set_xscale("log", base=2)
     every_rank = sorted({rank for points in low.values() for rank, _ in points})
     axes.set_xticks(every_rank, [str(rank) for rank in every_rank])

@@ -234,7 +234,7 @@ def draw(o: Options, named: dict[str, list[Row]]) -> None:
             rows, look = [row for row in rows if row.sublayer == sublayer], style(number)
             if not rows:
                 continue
-            draw_values(column[0], rows, look)
+            draw_values(column[0], [row.values for row in rows], look)
             for ax, what in zip(column[1:], below):
                 ax.plot([row.layer for row in rows], [getattr(row, what) for row in rows], label=name, **look)
                 ax.xaxis.get_major_locator().set_params(integer=True)
@@ -250,9 +250,9 @@ def draw(o: Options, named: dict[str, list[Row]]) -> None:
     save(figure, stem(o.out))
 
 
-def draw_values(ax: "Axes", rows: list[Row], look: dict[str, str]) -> None:
+def draw_values(ax: "Axes", spectra: list[Tensor], look: dict[str, str]) -> None:
     """The mean of the layers' spectra, and a band from the lowest to the highest."""
-    values = torch.stack([row.values / row.values[0] for row in rows])  # (layers, singular values)
+    values = torch.stack([values / values[0] for values in spectra])  # (layers, singular values)
     index = np.arange(1, values.size(1) + 1)
     octaves = [2**i - 1 for i in range(len(index).bit_length())]
     ax.loglog(index, values.mean(0), markevery=octaves, **look)
