@@ -5,8 +5,9 @@
 
 With shard=true the tensors are in the files of torch.distributed.checkpoint, each rank's shards in its own; any number
 of ranks, or one process, reads either form. The manifest holds everything a person may want to read (options, step,
-losses, versions) and size and sha256 of each file. Nothing here can run code when it is loaded: the .pt files hold
-tensors alone and are loaded with weights_only, and of a sharded one's index only the classes it consists of are made.
+losses, versions), size and sha256 of each file, and a sha256 of itself. Nothing here can run code when it is loaded:
+the .pt files hold tensors alone and are loaded with weights_only, and of a sharded one's index only the classes it
+consists of are made.
 """
 
 import contextlib
@@ -152,7 +153,7 @@ def publish(run: Path, partial: Path, state: dict[str, Any], tokenizer: Tokenize
     """Tokenizer and manifest, all of it onto the disk, and only then under its name; then what is too old goes."""
     manifest = state | dict(tokenizer=tokenizer.save(partial))
     manifest["files"] = {f.name: dict(bytes=f.stat().st_size, sha256=sha256(f)) for f in sorted(partial.iterdir())}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (partial / "manifest.json").write_text(sealed(manifest))
     for path in (*partial.iterdir(), partial):
         sync(path)
     folder = partial.with_suffix("")
@@ -186,8 +187,15 @@ def mark_best(run: Path, step: int, val_loss: float) -> None:
         return
     with telling(partial_folder(run, step)):
         manifest = json.loads((folder / "manifest.json").read_text())
-        write_whole(folder / "manifest.json", json.dumps(manifest | dict(best_val_loss=val_loss), indent=1))
+        write_whole(folder / "manifest.json", sealed(manifest | dict(best_val_loss=val_loss)))
         point(run, "best", folder.name)
+
+
+def sealed(manifest: dict[str, Any]) -> str:
+    """As JSON, with the sha256 of all the rest in it."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    seal = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json.dumps(rest | dict(sha256=seal), indent=1)
 
 
 def point(run: Path, pointer: str, name: str) -> None:
@@ -211,9 +219,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no whole checkpoint: its manifest.json cannot be read ({error})") from None
-    known = {"step", "options", "tokenizer", "files"}
-    if not isinstance(manifest, dict) or not known <= manifest.keys():
-        raise UserError(f"{folder / 'manifest.json'} is not one of ours, wanted one with {', '.join(sorted(known))}")
+    if not isinstance(manifest, dict) or manifest.get("sha256") != json.loads(sealed(manifest))["sha256"]:
+        raise UserError(f"{folder / 'manifest.json'} is not what was saved: its own sha256 differs")
     for name, seen in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).exists() else None
         if size != seen["bytes"]:

@@ -144,12 +144,26 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return describe_foreign(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        known = meta["format"] == 1 and meta["dtype"] in SHARD_MAGIC and {"splits", "vocab_size"} <= meta.keys()
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise UserError(f"{folder / 'meta.json'} is not the description of a corpus of format 1")
+        ours = is_ours(meta)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{folder / 'meta.json'} is not the description of a corpus of format 1; prepare it again")
     return meta
+
+
+def is_ours(meta: Any) -> bool:
+    """Whether what is read of a meta.json is there, of the right kind, and adds up; may raise where it is not."""
+    counts = [meta["vocab_size"]]
+    for split in meta["splits"].values():
+        shards = split["shards"]
+        counts += [split["tokens"], split["bytes"], 1 + split["max_token"], *(shard["tokens"] for shard in shards)]
+        if split["tokens"] != sum(shard["tokens"] for shard in shards):
+            return False
+        if not all(isinstance(shard[name], str) for shard in shards for name in ("file", "sha256")):
+            return False
+    whole = all(type(count) is int and count > 0 for count in counts)
+    return whole and meta["format"] == 1 and meta["dtype"] in SHARD_MAGIC and isinstance(meta["tokenizer"], dict)
 
 
 def batch(

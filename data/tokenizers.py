@@ -133,15 +133,23 @@ Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
 def load_tokenizer(folder: Path | str, spec: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a spec, from its file in the folder, or where it is one of tiktoken's without that file.
 
-    Raises UserError where the file is missing or another one.
+    Raises UserError where the file is missing or another one, or the spec is not one of ours.
     """
+    try:
+        return from_spec(Path(folder), spec)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder} describes its tokenizer as {str(spec)[:80]}, which is none ({told})") from None
+
+
+def from_spec(folder: Path, spec: dict[str, Any]) -> Tokenizer:
     if spec["kind"] == "byte":
         return ByteTokenizer()
     if spec["kind"] == "char":
         return CharTokenizer(spec["characters"])
     if spec["kind"] != "bpe":
         raise UserError(f"{folder} has a tokenizer of kind {spec['kind']!r}, wanted 'byte', 'char' or 'bpe'")
-    path = Path(folder) / RANKS_FILE
+    path = folder / RANKS_FILE
     if not path.is_file() and spec["name"] in tiktoken.list_encoding_names():
         return tiktoken_encoding(spec["name"])
     contents = path.read_bytes() if path.is_file() else b""

@@ -152,7 +152,7 @@ def draw_curves(y: str, runs: list[Run], names: list[str]) -> str:
     drawn, width = plot.make_curves(o, runs)  # a curve for each run, in their order
     longest = max(len(curve.x) for curve in drawn)
     drawn = [thinned(dataclasses.replace(curve, name=name)) for curve, name in zip(drawn, names)]
-    figure, axes = plot.new_figure(WIDTH, 3.6 + 0.12 * len(runs))
+    figure, axes = plot.new_figure(WIDTH, 3.0 + 0.2 * len(runs))
     plot.draw_curves(o, drawn, width, axes[0, 0])
     axes[0, 0].set_ylabel(plot.Y[y])
     plot.add_legend(figure, axes[0, 0])
@@ -197,13 +197,17 @@ def singular_values(runs: list[Run], names: list[str]) -> Section:
     sublayers = [s for s in ("q", "k", "v", "o", "gate", "up", "down") if any(s in found for found in spectra.values())]
     if not sublayers:
         return section
-    figure, axes = plot.new_figure(WIDTH, 0.5 + 1.9 * -(-len(sublayers) // 2), -(-len(sublayers) // 2), 2)
+    in_column = -(-len(sublayers) // 2)
+    figure, axes = plot.new_figure(WIDTH, 0.2 * len(spectra) + 1.9 * in_column, in_column, 2)
+    from matplotlib.ticker import NullFormatter  # after new_figure, which says where matplotlib is missing
+
     for ax, sublayer in zip(axes.flat, sublayers):
         for number, found in spectra.items():
             if sublayer in found:
                 spectrum.draw_values(ax, found[sublayer], plot.style(number) | dict(label=names[number]))
         ax.set_title(sublayer, fontsize=10)
         ax.set_ylim(1e-3, 1.5)
+        ax.xaxis.set_minor_formatter(NullFormatter())
     for ax in axes.flat[len(sublayers) :]:
         ax.set_visible(False)
     for ax in axes[-1]:
@@ -306,7 +310,9 @@ h4 {{ font-size: 0.85rem; font-weight: normal; color: #444; margin: 0.8rem 0 0.2
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }}
+th:first-child {{ position: sticky; left: 0; background: #fff; }}
 thead th {{ border-bottom: 1px solid #111; vertical-align: bottom; }}
+td {{ min-width: 5rem; overflow-wrap: anywhere; }}
 tbody th {{ font-weight: normal; color: #444; min-width: 8rem; }}
 figure {{ margin: 1.2rem 0 1.8rem; }}
 svg {{ width: 100%; height: auto; }}

@@ -249,8 +249,8 @@ def in_blocks(c: TrainConfig) -> int:
 
 def report_scaling(o: RunOptions, runs: dict[Planned, Run]) -> list[str]:
     lines = [f"{o.preset} with dense attention at C = {', '.join(map(str, o.sizes))}, {Path(o.dataset).name},"]
-    lines += [f"seeds: {o.seeds}, {o.tokens_per_parameter:g} tokens a parameter of the dense blocks. The slope s is of the"]
-    lines += ["line ln loss = a + s ln FLOPs by least squares over all sizes and seeds, with its standard error; nothing"]
+    lines += [f"seeds: {o.seeds}, {o.tokens_per_parameter:g} tokens a parameter of the dense blocks. The slope s is of"]
+    lines += ["the line ln loss = a + s ln FLOPs by least squares over all sizes and seeds, with its error; nothing"]
     lines += ["is taken off the loss. A bend that all lines share makes the error of the difference too large; in"]
     lines += ["brackets the differences of each seed's own lines.\n"]
     lines += ["| feed-forward | val loss by size | training FLOPs by size | slope | slope less dense's |"]
