@@ -12,13 +12,13 @@ What is not counted: fragmentation of the allocator, the CUDA context, cuBLAS's 
 them. Kernels are counted as they run without torch.compile.
 """
 
-import dataclasses
 import functools
 import gc
 import json
 import re
 import weakref
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ from config import TrainConfig, UserError
 from model import GPT, GPTConfig
 
 ALLOWANCE = 0.1  # of a GPU's memory, for what is not counted
+LINE_FROM = 2**15  # tokens in a batch from which on memory grows along a line
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CPU = torch.device("cpu")
 
@@ -40,14 +41,16 @@ def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
     """Print the plan. Raises UserError where memory is no size, or not even one sequence a rank fits."""
     if c.self_guided:
         raise UserError(f"self_guided is {c.self_guided}, wanted 0: guides are not planned for")
+    if c.dtype == "auto":
+        c = replace(c, dtype="bfloat16")  # as hardware.choose_dtype has it on GPUs
     limit = int((1 - ALLOWANCE) * size_of(memory))
     rows = {}
     for engine in ("ddp", "fsdp"):
         for recompute in ("none", "latents", "block"):
-            option = dataclasses.replace(c, recompute=recompute)
+            option = replace(c, recompute=recompute)
             need = needed(option, engine, gpus)
             largest = largest_batch(lambda n, o=option, e=engine: needed(at(o, n), e, gpus).total, limit)
-            counted = dataclasses.asdict(need) | dict(total=need.total)
+            counted = asdict(need) | dict(total=need.total)
             rows[f"{engine} {recompute}"] = dict(engine=engine, recompute=recompute) | counted
             rows[f"{engine} {recompute}"] |= dict(fits=need.total <= limit, largest_batch_size=largest)
     if not any(row["largest_batch_size"] for row in rows.values()):
@@ -74,13 +77,13 @@ def size_name(size: int) -> str:
 
 
 def at(c: TrainConfig, batch_size: int, recompute: str | None = None) -> TrainConfig:
-    return dataclasses.replace(c, batch_size=batch_size, recompute=recompute or c.recompute)
+    return replace(c, batch_size=batch_size, recompute=recompute or c.recompute)
 
 
 # --- One rank ----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Need:
     """Bytes on the rank that holds most. The first three stay; of the others a step reaches the larger sum."""
 
@@ -91,7 +94,7 @@ class Need:
     optimizer: int
     """Two moments a parameter of AdamW, one of Muon, in float32."""
     gathered: int
-    """fsdp: the outer group, a block at work and the next one in dtype; the block's gradient, and that as it is sent."""
+    """fsdp, in dtype: the outer group, the block at work with its gradient, and the next block; see gathered_bytes."""
     activations: int
     """The most that forward and backward hold besides: what backward needs, weights in dtype, the head's logits."""
     optimizer_step: int
@@ -140,25 +143,29 @@ def resident(c: GPTConfig, optimizer: str, dtype: str, shares: int) -> tuple[int
 
 
 def gathered_bytes(model: GPT, dtype: str) -> int:
-    """What fully_shard puts together beside the shards, at the busiest moment of backward.
+    """What fully_shard puts together beside the shards where activations are at their peak, in dtype.
 
-    The embeddings, head and last norm stay gathered from forward to the end. A block is at work while the next one is
-    being gathered; it has its gradient, and the gradient of the block before is under way, in float32.
+    The embeddings, head and last norm stay gathered from forward to the end. One block is at work and has its gradient,
+    the next one is being gathered. Gradients on their way to other ranks meet fewer activations.
     """
-    size = hardware.DTYPES[dtype].itemsize
     block = max(sum(p.numel() for p in block.parameters()) for block in model.transformer.h)
     outside = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.transformer.h.parameters())
-    return size * outside + (3 * size + 4) * block
+    return hardware.DTYPES[dtype].itemsize * (outside + 3 * block)
 
 
 @functools.cache
 def activation_peak(c: GPTConfig, dtype: str, batch_size: int, recompute: str, sharded: bool) -> int:
     """The most that forward and backward hold beyond parameters and gradients.
 
-    All blocks but the first are alike, so models of two and three of them tell the rest.
+    All blocks but the first are alike, so models of two and three of them tell the rest. In the same way two batches
+    tell of larger ones, from a size on where the blocks outweigh the constant share of the head's chunks.
     """
-    peaks = [step_peak(dataclasses.replace(c, n_layer=n), dtype, batch_size, recompute, sharded) for n in (2, 3)]
-    return peaks[0] + (c.n_layer - 2) * (peaks[1] - peaks[0])
+    few = max(1, LINE_FROM // c.block_size)
+    if batch_size > 2 * few:
+        low, high = (activation_peak(c, dtype, n, recompute, sharded) for n in (few, 2 * few))
+        return low + (batch_size - few) * (high - low) // few
+    low, high = (step_peak(replace(c, n_layer=n), dtype, batch_size, recompute, sharded) for n in (2, 3))
+    return low + (c.n_layer - 2) * (high - low)
 
 
 def step_peak(c: GPTConfig, dtype: str, batch_size: int, recompute: str, sharded: bool) -> int:
@@ -181,7 +188,6 @@ def step_peak(c: GPTConfig, dtype: str, batch_size: int, recompute: str, sharded
         else:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
-        gc.collect()
         with LiveStorages() as storages:
             idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
             with hardware.autocast(CPU, dtype):
@@ -197,21 +203,19 @@ def drop_gradient(p: nn.Parameter) -> None:
 def largest_batch(total: Callable[[int], int], limit: int) -> int:
     """The most sequences whose total is within the limit; 0 where one is too many.
 
-    A total grows by a line, but for a steeper one further on where backward outgrows the head: so a line from 1 to a
-    size that is too large never passes above the curve's fit, and the end is tried sequence by sequence.
+    A total grows almost along a line, so each next try is where a line through two known ones meets the limit.
     """
     if total(1) > limit:
         return 0
-    n, step = 1, 1
-    while total(n + step) <= limit:  # along the line through the last two
-        slope = max(1, (total(n + step) - total(n)) // step)
-        n, step = n + step, max(1, (limit - total(n + step)) // slope)
-    high = n + step
-    while high - n > 1:
-        slope = max(1, (total(high) - total(n)) // (high - n))
-        middle = min(high - 1, max(n + 1, n + (limit - total(n)) // slope))
-        n, high = (middle, high) if total(middle) <= limit else (n, middle)
-    return n
+    fits, tried = 1, 2
+    while total(tried) <= limit:
+        slope = max(1, (total(tried) - total(fits)) // (tried - fits))
+        fits, tried = tried, tried + max(1, (limit - total(tried)) // slope)
+    while tried - fits > 1:
+        slope = max(1, (total(tried) - total(fits)) // (tried - fits))
+        middle = min(tried - 1, fits + max(1, (limit - total(fits)) // slope))
+        fits, tried = (middle, tried) if total(middle) <= limit else (fits, middle)
+    return fits
 
 
 # --- Counting ----------------------------------------------------------------------------------------------------
@@ -250,13 +254,15 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if not tensors:  # such as a question for the device
+            return result
         old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, Tensor) or (storage := tensor.untyped_storage())._cdata in self.seen | old:
-                continue
-            self.seen.add(storage._cdata)
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes()).atexit = False
+        for storage in (t.untyped_storage() for t in tensors):
+            if storage._cdata not in self.seen and storage._cdata not in old:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes()).atexit = False
         self.peak = max(self.peak, self.now)
         return result
 
@@ -271,4 +277,19 @@ class LiveStorages(TorchDispatchMode):
 
 def table(plan: dict[str, Any], memory: str) -> str:
     """The plan as columns a person can read."""
-    return ""
+    names = [field.name for field in fields(Need)]
+    usable, rows = size_name(plan["usable"]), plan["rows"]
+    lines = [
+        f"GB on each of {plan['gpus']} GPUs, batch_size {plan['batch_size']}, T {plan['block_size']}, {plan['dtype']},"
+        f" {plan['optimizer']}; of {memory} {usable} to use, as {ALLOWANCE:.0%} is left to what is not counted",
+        f"{'':13}" + "".join(f"{name.replace('_', ' '):>15}" for name in (*names, "total")) + f"{'largest batch':>15}",
+    ]
+    for row in rows:
+        shown = "".join(f"{row[name] / 1e9:15.3f}" for name in (*names, "total"))
+        too_much = "" if row["fits"] else "  does not fit"
+        lines.append(f"{row['engine']:5}{row['recompute']:8}{shown}{row['largest_batch_size']:15,}{too_much}")
+    lines += [
+        "total = parameters + gradients + optimizer + the larger of (gathered + activations) and optimizer step",
+        "not counted: fragmentation, CUDA context, cuBLAS's and NCCL's buffers; what torch.compile saves or adds",
+    ]
+    return "\n".join(lines)
