@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Two hosts as two network namespaces, one of them cut off and brought back while train.py runs on both over gloo.
 #
-#     sudo experiments/two_hosts.sh [DATASET]         needs root, ip (iproute2); about 4 minutes; writes below out/two_hosts
+#     sudo experiments/two_hosts.sh [DATASET [NODES]]      needs root, ip (iproute2); about 4 minutes; writes below out/two_hosts
 #
 # 1. The link goes down for 10 s and comes back. 2. The link goes down, the host dies, comes back and joins again.
 # docs/multi_node.md says what happened.
 set -u
 cd "$(dirname "$0")/.."
 out=out/two_hosts
+nodes=${2:-1:3}
 mkdir -p $out
 options="config/lpa_cpu.py --dataset=${1:-pystdlib} --device=cpu --dtype=float32 --n_layer=2 --n_embd=64 --n_head=2
   --ffn_dim=128 --lowdim.q=16 --lowdim.k=16 --lowdim.v=16 --lowdim.o=16 --batch_size=4 --max_steps=100000
@@ -25,9 +26,9 @@ hosts() { # make both, 10.77.0.1 and 10.77.0.2, joined by a cable named eth0 on 
 
 launch() { # launch a 1: torchrun on host a, 10.77.0.1, its workers included
   GLOO_SOCKET_IFNAME=eth0 TP_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 ip netns exec host_$1 \
-    ${TORCHRUN:-.venv/bin/torchrun} --nnodes=1:2 --nproc_per_node=1 --max-restarts=3 --rdzv-id=two --rdzv-backend=c10d \
+    ${TORCHRUN:-.venv/bin/torchrun} --nnodes=$nodes --nproc_per_node=1 --max-restarts=3 --rdzv-id=two --rdzv-backend=c10d \
     --rdzv-endpoint=10.77.0.1:29500 --local-addr=10.77.0.$2 \
-    --rdzv-conf=last_call_timeout=10,is_host=$([ $1 = a ] && echo 1 || echo 0) train.py $options >>$out/$1.log 2>&1 &
+    --rdzv-conf=last_call_timeout=5,is_host=$([ $1 = a ] && echo 1 || echo 0) train.py $options >>$out/$1.log 2>&1 &
   disown
 }
 
@@ -53,12 +54,12 @@ ip -n host_b link set eth0 down
 sleep 10
 tell "1. cut off for 10 s"
 ip -n host_b link set eth0 up
-sleep 15
-tell "   back for 15 s"
+sleep 10
+tell "   back for 10 s"
 ip -n host_b link set eth0 down
 die b
-sleep "${DEAD:-40}"
-tell "2. cut off and dead for ${DEAD:-40} s"
+sleep "20"
+tell "2. cut off and dead for 20 s"
 ip -n host_b link set eth0 up
 launch b 2
 for i in $(seq 12); do sleep 5; tell "   joined anew $((5 * i)) s ago"; done
