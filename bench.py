@@ -6,6 +6,7 @@
     python bench.py config/lpa_cpu.py --mode=decode --json                      for other programs
     python bench.py config/lpa_cpu.py --mode=decode --premerge                  factors merged where that is faster
     python bench.py config/lpa_cpu.py --mode=train --recompute=latents --against=plain      what recomputing costs
+    python bench.py config/lpa_3b.py --mode=plan --gpus=8 --memory=80GB         what fits: see planning.py
     python bench.py --mode=suite                                                the standing list, into results/
 
 The twin is the same configuration with lowdim = {}, run by the same code with the same flags in the same process; the
@@ -13,7 +14,6 @@ two take turns, so that a machine that slows down slows both. Shapes: B batch, T
 """
 
 import dataclasses
-import gc
 import itertools
 import json
 import statistics
@@ -28,14 +28,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import data
 import decode
 import hardware
 import optim
+import planning
 import train
 from config import TrainConfig, UserError, load_config, user_errors
 from model import GPT, GPTConfig, LowDim
@@ -45,9 +43,9 @@ from parallel import World, spread
 @dataclass(frozen=True)
 class BenchConfig:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    mode: Literal["count", "train", "eval", "prefill", "decode", "suite"] = "count"
+    mode: Literal["count", "train", "eval", "prefill", "decode", "plan", "suite"] = "count"
     """Counts only, or the time of a training step, an evaluation step, a prompt's forward pass, a decoded token; or
-    all that suite.py lists."""
+    what training needs in memory; or all that suite.py lists."""
     against: Literal["dense", "dense,hf", "plain"] = "dense"
     """The dense twin, and with hf also transformers' Llama or GPT-2 class of the twin's shape; or, as plain, the model
     itself with recompute = 'none'."""
@@ -59,6 +57,10 @@ class BenchConfig:
     """In 'prefill' and 'decode' form the dense matrices of factored layers where that is faster, as sample.py does."""
     context: int | None = None
     """Tokens that are in the cache before; None = the rest of block_size."""
+    gpus: int = 1
+    """Of 'plan': how many share the work."""
+    memory: str = "80GB"
+    """Of 'plan': what each GPU has, such as 80GB (10^9 bytes each) or 79.2GiB."""
     json: bool = False
     """Print one JSON object in place of tables."""
     suite_dir: str = "results"
@@ -69,10 +71,11 @@ class BenchConfig:
             raise ValueError(f"compile is {self.train.compile!r}, but mode {self.mode!r} runs eager: leave compile out")
         if self.premerge and self.mode not in ("prefill", "decode"):
             raise ValueError(f"premerge is True, wanted False for mode {self.mode!r}")
-        if self.pairs < 1:
-            raise ValueError(f"pairs is {self.pairs}, wanted 1 or more")
+        for name in ("pairs", "gpus"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted 1 or more")
         limit = self.train.gpt.block_size
-        if not 0 < self.decode_tokens < limit:
+        if self.mode in ("prefill", "decode") and not 0 < self.decode_tokens < limit:
             raise ValueError(f"decode_tokens is {self.decode_tokens}, wanted 1 or more and below block_size = {limit}")
         if self.context is not None and not 0 < self.context <= limit - self.decode_tokens:
             limit -= self.decode_tokens
@@ -90,6 +93,10 @@ class BenchConfig:
 
 
 def main(c: BenchConfig) -> None:
+    if c.mode == "plan":
+        options = dataclasses.replace(c.train, gpt=with_vocabulary(c.train))
+        planning.main(options, c.gpus, c.memory, c.json)
+        return
     device = hardware.choose_device(c.train.device)
     if c.mode == "suite":
         import suite
@@ -148,52 +155,9 @@ def count(c: GPTConfig, dtype: str, recompute: str = "none") -> dict[str, Any]:
         params_non_embedding=model.n_params(embeddings=False),
         flops_per_token_forward=forward,
         flops_per_token_train=3 * forward,
-        activation_bytes_per_token=activation_bytes_per_token(c, dtype, recompute),
+        activation_bytes_per_token=planning.activation_bytes_per_token(c, dtype, recompute),
         kv_bytes_per_token=2 * decode.cache_numbers_per_token(c),  # in bf16
     )
-
-
-def activation_bytes_per_token(c: GPTConfig, dtype: str, recompute: str = "none") -> int:
-    """Bytes that a training step keeps between forward and backward for each token, at a context of block_size.
-
-    Storages are counted that a forward pass leaves alive, whatever holds them, on fake CPU tensors: there attention
-    is fused, and keeps its output and log-sum-exp. The difference of two batch sizes leaves out what does not grow with
-    the batch, such as the weights' copies in dtype.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    alive = []
-    with FakeTensorMode():
-        model = GPT(c, seed=None)
-        for block in model.transformer.h:
-            block.recompute = recompute
-        for batch_size in (1, 2):
-            idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
-            with LiveStorages() as storages, hardware.autocast(torch.device("cpu"), dtype):
-                loss = model(idx, idx)
-            alive.append(storages.bytes())
-            del loss
-    return (alive[1] - alive[0]) // c.block_size
-
-
-class LiveStorages(TorchDispatchMode):
-    """Remembers, without keeping alive, every storage that an operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in old:
-                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return result
-
-    def bytes(self) -> int:
-        gc.collect()
-        return sum(size for reference, size in self.seen.values() if not reference.expired())
 
 
 def measure(c: BenchConfig, variants: dict[str, TrainConfig], results: dict[str, Any], device: torch.device) -> None:

@@ -87,10 +87,11 @@ class HeadLoss(torch.autograd.Function):
                 grad_b = grad.sum(0) if grad_b is None else grad_b + grad.sum(0)
             grad = grad.to(x.dtype)
             grad_x[start : start + LOSS_CHUNK] = linear(grad, w.T)
-            part = linear(grad.T, chunk.T).to(weight.dtype)
+            part = linear(grad.T, chunk.T).to(exact)  # FSDP's weight is in bfloat16, in which a sum of chunks rounds
             grad_w = part if grad_w is None else grad_w.add_(part)
         if with_gradients:
             ctx.save_for_backward(grad_x, grad_w, grad_b)
+            ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
@@ -99,4 +100,5 @@ class HeadLoss(torch.autograd.Function):
         # float32, as a mean's 1 / (B T) is not a power of two and bfloat16 would round it for all tokens alike
         grad_x = (grad_x.to(sums(grad_x)) * grad).to(grad_x.dtype)
         # In place, as a second (V, C) would be as large as the head; autograd refuses to run such a backward twice.
-        return grad_x, grad_w.mul_(grad), None if grad_b is None else grad_b * grad, None, None
+        grad_b = None if grad_b is None else (grad_b * grad).to(ctx.dtype)
+        return grad_x, grad_w.mul_(grad).to(ctx.dtype), grad_b, None, None

@@ -109,7 +109,8 @@ def roll_call(world: World, timeout: float) -> Iterator[None]:
 
 # --- When to stop ------------------------------------------------------------------------------------------------
 
-REASONS = ("", "SIGTERM", "SIGINT", "max_hours", "a save that failed")
+REASONS = ("", "SIGTERM", "SIGINT", "max_hours", "a save that failed", "torchrun is gone")
+LOST = REASONS[-2:]  # with these nothing is to be saved: it cannot be, or another start of the run may be under way
 
 
 class Watch:
@@ -122,7 +123,7 @@ class Watch:
     def __init__(self, world: World, max_hours: float | None = None) -> None:
         self.world, self.caught = world, catch_signals()
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
-        self.agreed = ""
+        self.agreed, self.parent = "", os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.restart()
 
     def restart(self) -> None:
@@ -133,6 +134,8 @@ class Watch:
         """One of REASONS, the same on all ranks; '' to go on."""
         if not self.agreed:
             mine = self.caught[0] if self.caught else "max_hours" if time.monotonic() > self.deadline else ""
+            if self.parent not in (None, os.getppid()):  # a killed torchrun leaves its workers
+                mine = "torchrun is gone"
             self.agreed = mine if self.world.size == 1 else self.agree(mine)
         return self.agreed
 

@@ -169,9 +169,11 @@ def pretrain(c: TrainConfig, world: World) -> None:
                 log.warn(trouble)  # and what is to be saved now has another chance
             saved_step = save()
 
-    if reason and reason != "a save that failed" and saved_step != state["step"]:
+    if reason and reason not in parallel.LOST and saved_step != state["step"]:
         save()
     world.from_rank_0(saver.close)  # here a save that failed becomes an error
+    if reason in parallel.LOST:
+        raise UserError(f"{reason}: stopped at step {state['step']} without saving; --resume goes on from {saved_step}")
     if reason:
         world.from_rank_0(lambda: note_stop(run, reason, state["step"]))
         log.say(f"{reason}: saved step {state['step']} in {run}; the same command with --resume goes on from there")

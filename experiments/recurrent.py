@@ -29,10 +29,10 @@ import tyro
 
 import decode
 import hardware
-from bench import LiveStorages
 from config import UserError, load_config, parse, user_errors
 from experiments import plot
 from model import GPT, GPTConfig
+from planning import LiveStorages
 from recurrent import RecurrentConfig, RecurrentGPT, State, new_model
 
 FORGET = ["--alpha=0", "--alpha_learned=false"]

@@ -12,6 +12,7 @@ import torch
 from conftest import run
 
 import bench
+import planning
 import suite
 from config import UserError, load_config
 from model import GPT, GPTConfig, LowDim
@@ -59,7 +60,7 @@ def test_activation_bytes_are_those_of_the_tensors_that_backward_needs(lowdim: L
     mlp = C + F  # its input, and the ReLU's output, from which its gradient and that of down follow
     norms = 2 * (C + 2)  # the input of each, its mean and its inverse deviation
     head = C  # the gradient of its input, made with the loss
-    assert bench.activation_bytes_per_token(c, "float32") == 4 * (attention + mlp + norms + head)
+    assert planning.activation_bytes_per_token(c, "float32") == 4 * (attention + mlp + norms + head)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the count against its allocator")
@@ -81,7 +82,7 @@ def test_activation_bytes_are_those_of_the_cuda_allocator(recompute: str) -> Non
         held[batch_size] = torch.cuda.memory_allocated() - before
         del loss
     measured = (held[4] - held[2]) / (2 * c.block_size)
-    assert bench.activation_bytes_per_token(c, "bfloat16", recompute) == pytest.approx(measured, rel=0.05)
+    assert planning.activation_bytes_per_token(c, "bfloat16", recompute) == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "prefill", "decode"])

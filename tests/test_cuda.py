@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import read_log, run_here
 
-import bench
 import decode
 import hardware
 import optim
+import planning
 from model import GPT, GPTConfig, LowDim
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -110,4 +110,4 @@ def test_counted_activations_are_those_that_the_allocator_holds() -> None:
         loss.backward()
         del loss
     measured = (held[1] - held[0]) / (4 * c.block_size)
-    assert bench.activation_bytes_per_token(c, "bfloat16") == pytest.approx(measured, rel=0.05)
+    assert planning.activation_bytes_per_token(c, "bfloat16") == pytest.approx(measured, rel=0.05)

@@ -1,0 +1,297 @@
+"""What a training step needs in memory, counted from tensors that have sizes and no memory behind them.
+
+    python bench.py config/lpa_3b.py --mode=plan --gpus=8 --memory=80GB         a table
+    python bench.py config/lpa_3b.py --mode=plan --gpus=8 --memory=80GB --json  for other programs
+
+Two engines. ddp: every rank holds all of the parameters, gradients (DDP's buckets) and moments in float32, and autocast
+makes copies of the matrices in dtype. fsdp: each rank holds a share of each in float32 (fully_shard of every block and
+of the model, MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=float32)), and the blocks at work are gathered.
+Every micro-step reduces its gradients; without, as with set_requires_gradient_sync(False), fsdp keeps them whole.
+
+What is not counted: fragmentation of the allocator, the CUDA context, cuBLAS's and NCCL's buffers. ALLOWANCE is left to
+them. Kernels are counted as they run without torch.compile.
+"""
+
+import functools
+import gc
+import json
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import hardware
+import optim
+from config import TrainConfig, UserError
+from model import GPT, GPTConfig
+
+ALLOWANCE = 0.1  # of a GPU's memory, for what is not counted
+LINE_FROM = 2**15  # tokens in a batch from which on memory grows along a line
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+CPU = torch.device("cpu")
+
+
+def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
+    """Print the plan. Raises UserError where memory is no size, or not even one sequence a rank fits."""
+    if c.self_guided:
+        raise UserError(f"self_guided is {c.self_guided}, wanted 0: guides are not planned for")
+    if c.dtype == "auto":
+        c = replace(c, dtype="bfloat16")  # as hardware.choose_dtype has it on GPUs
+    limit = int((1 - ALLOWANCE) * size_of(memory))
+    rows = {}
+    for engine in ("ddp", "fsdp"):
+        for recompute in ("none", "latents", "block"):
+            option = replace(c, recompute=recompute)
+            need = needed(option, engine, gpus)
+            largest = largest_batch(lambda n, o=option, e=engine: needed(at(o, n), e, gpus).total, limit)
+            counted = asdict(need) | dict(total=need.total)
+            rows[f"{engine} {recompute}"] = dict(engine=engine, recompute=recompute) | counted
+            rows[f"{engine} {recompute}"] |= dict(fits=need.total <= limit, largest_batch_size=largest)
+    if not any(row["largest_batch_size"] for row in rows.values()):
+        least = min((needed(at(c, 1, row["recompute"]), row["engine"], gpus).total, name) for name, row in rows.items())
+        raise UserError(
+            f"memory is {memory} on {gpus} GPUs, wanted more of either: one sequence a rank takes at least"
+            f" {size_name(least[0])} ({least[1]}), and {1 - ALLOWANCE:.0%} of {memory} are {size_name(limit)}"
+        )
+    plan = dict(gpus=gpus, memory=size_of(memory), allowance=ALLOWANCE, usable=limit, batch_size=c.batch_size)
+    plan |= dict(dtype=c.dtype, optimizer=c.optimizer, block_size=c.gpt.block_size, rows=list(rows.values()))
+    print(json.dumps(plan, indent=1) if as_json else table(plan, memory))
+
+
+def size_of(text: str) -> int:
+    """'80GB' -> 80 * 10**9, '79.2GiB' -> bytes of 79.2 * 2**30."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?b)", text.strip(), re.IGNORECASE)
+    if match is None or match[2].upper() not in UNITS or not float(match[1]):
+        raise UserError(f"memory is {text!r}, wanted a size such as 80GB or 79.2GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def size_name(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def at(c: TrainConfig, batch_size: int, recompute: str | None = None) -> TrainConfig:
+    return replace(c, batch_size=batch_size, recompute=recompute or c.recompute)
+
+
+# --- One rank ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on the rank that holds most. The first three stay; of the others a step reaches the larger sum."""
+
+    parameters: int
+    """float32, with the buffers."""
+    gradients: int
+    """float32; all of them, as DDP's buckets and gradient accumulation keep them."""
+    optimizer: int
+    """Two moments a parameter of AdamW, one of Muon, in float32."""
+    gathered: int
+    """fsdp, in dtype: the outer group, the block at work with its gradient, and the next block; see gathered_bytes."""
+    activations: int
+    """The most that forward and backward hold besides: what backward needs, weights in dtype, the head's logits."""
+    optimizer_step: int
+    """The most that the optimizer holds besides; Muon under fsdp as though each rank gathered whole matrices."""
+
+    @property
+    def total(self) -> int:
+        kept = self.parameters + self.gradients + self.optimizer
+        return kept + max(self.gathered + self.activations, self.optimizer_step)
+
+
+def needed(c: TrainConfig, engine: Literal["ddp", "fsdp"], gpus: int) -> Need:
+    """What a step of c.batch_size sequences on each of so many GPUs needs."""
+    sharded = engine == "fsdp"
+    parameters, optimizer, optimizer_step = resident(c.gpt, c.optimizer, c.dtype, gpus if sharded else 1)
+    with torch.device("meta"):
+        model = GPT(c.gpt)
+    buffers = sum(b.nbytes for b in model.buffers())
+    held = (c.gpt, c.dtype, c.batch_size, c.recompute, sharded)
+    gathered = gathered_bytes(model, c.dtype) if sharded else 0
+    return Need(parameters + buffers, parameters, optimizer, gathered, activation_peak(*held), optimizer_step)
+
+
+@functools.cache
+def resident(c: GPTConfig, optimizer: str, dtype: str, shares: int) -> tuple[int, int, int]:
+    """Bytes of the parameters, of the optimizers' state, and the most that a step of the optimizers holds besides.
+
+    Of rank 0, which has the first of `shares` parts of every tensor along its first dimension, the largest.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def part(t: Tensor) -> int:
+        return t.nbytes if t.ndim == 0 else -(-len(t) // shares) * (t.nbytes // len(t))
+
+    with FakeTensorMode():
+        model = GPT(c, seed=None)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizers = optim.make_optimizers(model, TrainConfig(optimizer=optimizer, dtype=dtype))
+        with LiveStorages() as storages:
+            for o in optimizers * 2:  # the moments are there in the second step
+                storages.peak = storages.now
+                o.step()
+        states = [t for o in optimizers for state in o.state.values() for t in state.values()]
+        working = storages.peak - sum(t.nbytes for t in states)
+        return sum(map(part, model.parameters())), sum(map(part, states)), max(0, working)
+
+
+def gathered_bytes(model: GPT, dtype: str) -> int:
+    """What fully_shard puts together beside the shards where activations are at their peak, in dtype.
+
+    The embeddings, head and last norm stay gathered from forward to the end. One block is at work and has its gradient,
+    the next one is being gathered. Gradients on their way to other ranks meet fewer activations.
+    """
+    block = max(sum(p.numel() for p in block.parameters()) for block in model.transformer.h)
+    outside = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.transformer.h.parameters())
+    return hardware.DTYPES[dtype].itemsize * (outside + 3 * block)
+
+
+@functools.cache
+def activation_peak(c: GPTConfig, dtype: str, batch_size: int, recompute: str, sharded: bool) -> int:
+    """The most that forward and backward hold beyond parameters and gradients.
+
+    All blocks but the first are alike, so models of two and three of them tell the rest. In the same way two batches
+    tell of larger ones, from a size on where the blocks outweigh the constant share of the head's chunks;
+    a line through them was at most 2 % too low (tests/test_planning.py).
+    """
+    few = max(1, LINE_FROM // c.block_size)
+    if batch_size > 2 * few:
+        low, high = (activation_peak(c, dtype, n, recompute, sharded) for n in (few, 2 * few))
+        return low + (batch_size - few) * (high - low) // few
+    low, high = (step_peak(replace(c, n_layer=n), dtype, batch_size, recompute, sharded) for n in (2, 3))
+    return low + (c.n_layer - 2) * (high - low)
+
+
+def step_peak(c: GPTConfig, dtype: str, batch_size: int, recompute: str, sharded: bool) -> int:
+    """One forward and backward on fake CPU tensors, whose attention is fused as on a GPU -> most bytes alive.
+
+    The gradients that are there already do not count, as in any micro-step but the first. Sharded: the weights are of
+    dtype from the start and the gradients of a block leave at once; see gathered_bytes for what that leaves out.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = GPT(c, seed=None)
+        for block in model.transformer.h:
+            block.recompute = recompute
+        if sharded:
+            for p in model.parameters():
+                p.data = p.data.to(hardware.DTYPES[dtype])
+            for p in model.transformer.h.parameters():
+                p.register_post_accumulate_grad_hook(drop_gradient)
+        else:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+        with LiveStorages() as storages:
+            idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
+            with hardware.autocast(CPU, dtype):
+                loss = model(idx, idx)
+            loss.backward()
+        return storages.peak
+
+
+def drop_gradient(p: nn.Parameter) -> None:
+    p.grad = None
+
+
+def largest_batch(total: Callable[[int], int], limit: int) -> int:
+    """The most sequences whose total is within the limit; 0 where one is too many.
+
+    A total grows almost along a line, so each next try is where a line through two known ones meets the limit.
+    """
+    if total(1) > limit:
+        return 0
+    fits, tried = 1, 2
+    while total(tried) <= limit:
+        slope = max(1, (total(tried) - total(fits)) // (tried - fits))
+        fits, tried = tried, tried + max(1, (limit - total(tried)) // slope)
+    while tried - fits > 1:
+        slope = max(1, (total(tried) - total(fits)) // (tried - fits))
+        middle = min(tried - 1, fits + max(1, (limit - total(fits)) // slope))
+        fits, tried = (middle, tried) if total(middle) <= limit else (fits, middle)
+    return fits
+
+
+# --- Counting ----------------------------------------------------------------------------------------------------
+
+
+def activation_bytes_per_token(c: GPTConfig, dtype: str, recompute: str = "none") -> int:
+    """Bytes that a training step keeps between forward and backward for each token, at a context of block_size.
+
+    Storages are counted that a forward pass leaves alive, whatever holds them, on fake CPU tensors: there attention
+    is fused, and keeps its output and log-sum-exp. The difference of two batch sizes leaves out what does not grow with
+    the batch, such as the weights' copies in dtype.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    alive = []
+    with FakeTensorMode():
+        model = GPT(c, seed=None)
+        for block in model.transformer.h:
+            block.recompute = recompute
+        for batch_size in (1, 2):
+            idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
+            with LiveStorages() as storages, hardware.autocast(CPU, dtype):
+                loss = model(idx, idx)
+            alive.append(storages.bytes())
+            del loss
+    return (alive[1] - alive[0]) // c.block_size
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts, without keeping them alive, the bytes of every storage that an operation makes: now and at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if not tensors:  # such as a question for the device
+            return result
+        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for storage in (t.untyped_storage() for t in tensors):
+            if storage._cdata not in self.seen and storage._cdata not in old:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes()).atexit = False
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def forget(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+    def bytes(self) -> int:
+        gc.collect()
+        return self.now
+
+
+def table(plan: dict[str, Any], memory: str) -> str:
+    """The plan as columns a person can read."""
+    names = [field.name for field in fields(Need)]
+    usable, rows = size_name(plan["usable"]), plan["rows"]
+    lines = [
+        f"GB on each of {plan['gpus']} GPUs, batch_size {plan['batch_size']}, T {plan['block_size']}, {plan['dtype']},"
+        f" {plan['optimizer']}; of {memory} {usable} to use, as {ALLOWANCE:.0%} is left to what is not counted",
+        f"{'':13}" + "".join(f"{name.replace('_', ' '):>15}" for name in (*names, "total")) + f"{'largest batch':>15}",
+    ]
+    for row in rows:
+        shown = "".join(f"{row[name] / 1e9:15.3f}" for name in (*names, "total"))
+        too_much = "" if row["fits"] else "  does not fit"
+        lines.append(f"{row['engine']:5}{row['recompute']:8}{shown}{row['largest_batch_size']:15,}{too_much}")
+    lines += [
+        "total = parameters + gradients + optimizer + the larger of (gathered + activations) and optimizer step",
+        "not counted: fragmentation, CUDA context, cuBLAS's and NCCL's buffers; what torch.compile saves or adds",
+    ]
+    return "\n".join(lines)
