@@ -13,7 +13,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(python) -m ruff check .
-	$(python) -m pytest
+	$(python) -m pytest -n auto --dist worksteal
 
 test-slow: .venv/installed-dev
 	$(python) -m pytest -m slow

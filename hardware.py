@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,7 +99,15 @@ def choose_compile(mode: str, device: torch.device) -> str:
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device.type} ({processor()}, {threads} thread{'s' if threads > 1 else ''})"
+
+
+def processor() -> str:
+    """Its name where the system tells it (Linux), else its architecture."""
+    about = Path("/proc/cpuinfo")
+    names = [line for line in about.read_text().splitlines() if line.startswith("model name")] if about.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def synchronize(device: torch.device) -> None:
