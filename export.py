@@ -12,7 +12,6 @@ to a multiple of 128 are left out, so nothing can draw them.
 import copy
 import dataclasses
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -202,6 +201,7 @@ def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any
     Raises UserError where the model or the tokenizer has no equal there, or the disk does not take it.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError(f"export.py {INSTALL}") from None
@@ -217,22 +217,23 @@ def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any
         "tokenizer.json": as_hf(tokenizer),
         "export.json": origin,
     }
-    unfinished, old = (target.with_name(target.name + end) for end in (".tmp", ".old"))
+    target = target.resolve()
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of an export that a crash cut short
-        unfinished.mkdir(parents=True)
-        for name, contents in files.items():
-            (unfinished / name).write_text(json.dumps(contents, indent=1, ensure_ascii=False), encoding="utf-8")
-        named = tensors(known, model, tokenizer.vocab_size)
-        save_file(named, unfinished / "model.safetensors", metadata={"format": "pt"})
-        for path in (*unfinished.iterdir(), unfinished):
-            checkpoint.sync(path)
-        if target.exists():
-            target.rename(old)
-        unfinished.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"could not write {target}: {error.strerror}") from None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as scratch:
+            written = Path(scratch) / "new"
+            written.mkdir()
+            for name, contents in files.items():
+                (written / name).write_text(json.dumps(contents, indent=1, ensure_ascii=False), encoding="utf-8")
+            named = tensors(known, model, tokenizer.vocab_size)
+            save_file(named, written / "model.safetensors", metadata={"format": "pt"})
+            for path in (*written.iterdir(), written):
+                checkpoint.sync(path)
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            written.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"could not write {target}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def refuse_foreign(target: Path) -> None:
@@ -271,7 +272,7 @@ def tensors(known: Architecture, model: GPT, vocab_size: int) -> dict[str, Tenso
         weight = torch.cat([merged(layer) for layer in layers])
         if ours[0] in ("transformer.wte", "lm_head"):
             weight = weight[:vocab_size]
-        elif any(layer.bias is not None for layer in layers if not isinstance(layer, nn.Embedding)):
+        elif getattr(layers[0], "bias", None) is not None:
             named[f"{theirs}.bias"] = torch.cat([layer.bias for layer in layers])
         elif known is GPT2 and ours[0] != "transformer.wpe":
             named[f"{theirs}.bias"] = torch.zeros(len(weight))
