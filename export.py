@@ -12,6 +12,7 @@ to a multiple of 128 are left out, so nothing can draw them.
 import copy
 import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -227,6 +228,7 @@ def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any
                 (written / name).write_text(json.dumps(contents, indent=1, ensure_ascii=False), encoding="utf-8")
             named = tensors(known, model, tokenizer.vocab_size)
             save_file(named, written / "model.safetensors", metadata={"format": "pt"})
+            shutil.copymode(written / "config.json", written / "model.safetensors")  # else only its owner could read it
             for path in (*written.iterdir(), written):
                 checkpoint.sync(path)
             if target.exists():
@@ -343,8 +345,8 @@ def read_options(folder: Path, known: Architecture, config: dict[str, Any]) -> G
     options |= dict(vocab_size=config["vocab_size"], tie_embeddings=config.get("tie_word_embeddings", known.ties))
     if known is LLAMA:
         options |= dict(rope_theta=float(config["rope_theta"]))
-        if config.get("head_dim"):
-            options |= dict(attn_dim=config["head_dim"] * options["n_head"])
+        heads_dim = (config.get("head_dim") or 0) * options["n_head"]
+        options |= dict(attn_dim=heads_dim if heads_dim not in (0, options["n_embd"]) else None)
     try:
         return GPTConfig(**options)
     except (TypeError, ValueError) as error:
