@@ -385,14 +385,25 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, fl
     Where a matrix is dense there and low-rank here, or of a higher rank there, A and B are its truncated SVD; where
     it is factored there and dense here, the product. `tokenizer` is the spec of this model's corpus. Raises UserError
     where the other model differs in more than structure, dropout and, without learned positions, block_size.
+
+    Where `run` is no run, it is a Hugging Face folder, or a name on the hub, of a Llama or a GPT-2.
     """
-    source, _, manifest = load_model(run, torch.device("cpu"), mapped=True)
+    if (run / "ckpt").exists() or (run / "manifest.json").exists():
+        source, _, manifest = load_model(run, torch.device("cpu"), mapped=True)
+        spec = manifest["tokenizer"]
+    else:
+        import export  # which imports this file
+
+        folder = export.find_folder(run)
+        source, spec = export.read_model(folder, model.config.bias), export.read_tokenizer(folder)
+        if spec is None:
+            print(f"warning: {run} has no tokenizer.json; its token ids are taken to be those of the corpus")
     free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())
-    options = [{k: v for k, v in asdict(gpt.config).items() if k not in free} for gpt in (source, model)]
+    options = [{k: v for k, v in explicit(gpt.config).items() if k not in free} for gpt in (source, model)]
     for saved, gpt in zip(options, (source, model)):
         saved |= dict(model="gpt") if not isinstance(gpt, RecurrentGPT) else asdict(gpt.recurrent)
     changed = differences(*options)
-    if manifest["tokenizer"] != tokenizer:
+    if spec is not None and {**spec, "name": None} != {**tokenizer, "name": None}:
         changed.append("its tokenizer is not that of the corpus")
     if changed:
         raise UserError(f"init_from is {run}, whose weights do not fit. " + "; ".join(changed))
@@ -441,6 +452,11 @@ def energy_table(energy: dict[str, float]) -> str:
     for layer, row in rows.items():
         lines.append(f"{layer:>5}" + "".join(f"{row[s]:9.2%}" if s in row else f"{'':9}" for s in sublayers))
     return "\n".join(lines)
+
+
+def explicit(c: GPTConfig) -> dict[str, Any]:
+    """The model's options, with the widths that None stands for."""
+    return asdict(c) | dict(attn_dim=c.heads_dim, n_kv_head=c.kv_heads, ffn_dim=c.hidden_dim)
 
 
 def gpt_config(options: dict[str, Any]) -> GPTConfig:

@@ -1,8 +1,9 @@
-"""Perplexity, nats per token and bits per byte of a checkpoint, over all of a split.
+"""Perplexity, nats per token and bits per byte of a checkpoint, over all of a split; or benchmarks.
 
     python eval.py out/lpa_cpu --split=val                                    disjoint windows
     python eval.py out/lpa_370m --split=test --stride=256 --dtype=bfloat16    more context for every token
     torchrun --nproc_per_node=8 eval.py out/lpa_370m --split=test --json      the windows shared by all ranks
+    python eval.py out/lpa_370m --tasks=lambada_openai,hellaswag,own.yaml     through lm-eval, see harness.py
 
 Windows of block_size tokens begin every `stride` tokens. Each token but the first of the split is a target exactly
 once, in the first window that reaches it; with a stride S below block_size T it sees at least T - S tokens before it.
@@ -47,9 +48,15 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     json: bool = False
     """Print one JSON object in place of a table."""
+    tasks: str | None = None
+    """Benchmarks in place of the split: tasks of lm-eval by name, or your own by YAML file, with commas between."""
+    num_fewshot: int | None = None
+    """Solved examples before each question of a task; None = what the task says."""
+    limit: int | None = None
+    """Only the first so many questions of each task."""
 
     def __post_init__(self) -> None:
-        for name in ("stride", "batch_size"):
+        for name in ("stride", "batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, wanted 1 or more")
@@ -60,6 +67,9 @@ def main(c: EvalConfig) -> None:
         raise UserError(f"no run folder {c.run}; wanted one that train.py wrote, such as out/lpa_cpu")
     world = join_world(c.device)
     model, tokenizer, manifest = checkpoint.load_model(c.run, world.device)
+    if c.tasks is not None:
+        print(benchmark(c, model, tokenizer, world))
+        return
     corpus = data.open_corpus(c.dataset or manifest["options"]["dataset"], c.split)
     require_tokenizer(corpus, manifest["tokenizer"])
     context = model.config.block_size
@@ -72,6 +82,23 @@ def main(c: EvalConfig) -> None:
         results = place | dict(context=context, stride=stride) | summary(nats, corpus, count_words(corpus, tokenizer))
         print(json.dumps(results, indent=1) if c.json else table(results))
     world.leave()
+
+
+def benchmark(c: EvalConfig, model: GPT, tokenizer: Tokenizer, world: World) -> str:
+    """The tasks' figures, as lm-eval's table or its JSON."""
+    if world.size > 1:
+        raise UserError(f"tasks run in one process, not in {world.size}; leave torchrun out")
+    try:
+        from lm_eval.utils import make_table
+
+        import harness
+    except ImportError:
+        raise UserError("--tasks needs: pip install 'lm-eval>=0.4.13,<0.5'") from None
+    lm = harness.NativeLM(model, tokenizer, c.batch_size, c.dtype)
+    results = harness.run_tasks(lm, c.tasks.split(","), c.num_fewshot, c.limit)
+    if c.json:
+        return json.dumps(dict(run=str(c.run), results=results["results"]), indent=1, default=str)
+    return make_table(results) + (make_table(results, "groups") if results.get("groups") else "")
 
 
 def require_tokenizer(corpus: data.Corpus, spec: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=2 train.py config/lpa_cpu.py --device=cpu     the same on a CPU, over gloo
     python train.py config/lpa_cpu.py --max_steps=2000 --resume             go on where the last checkpoint is
     python train.py config/lpa_cpu.py --init_from=out/dense_cpu             begin with that model's weights, truncated
+    python train.py config/mine.py --init_from=gpt2                         or a Hugging Face model's; see export.py
 
 A run writes out/RUN/config.json, log.jsonl (a line per logged step and evaluation) and ckpt/ (see checkpoint.py).
 SIGTERM, Ctrl-C and max_hours save, write out/RUN/stopped.json and exit with code 0.

@@ -132,7 +132,8 @@ class TrainConfig:
     # Run
     out_dir: str = "out/run"
     init_from: str | None = None
-    """Start from the weights of this run; where a matrix is dense there and low-rank here, from its truncated SVD."""
+    """Start from the weights of this run, or of a Llama or GPT-2, a Hugging Face folder or a name on the hub; where a
+    matrix is dense there and low-rank here, from its truncated SVD."""
     seed: int = 1
     eval_interval: int = 250
     """Steps between evaluations; 0 = only at the end."""

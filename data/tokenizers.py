@@ -13,8 +13,10 @@ and load_tokenizer(folder, spec) makes it again without a network.
 
 import base64
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,68 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         raise UserError(f"the train split gives a BPE of at most {len(ranks) + 1} ids, wanted {vocab_size}")
     ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
     return BPETokenizer(f"bpe:{vocab_size}", GPT2_PATTERN, ranks, vocab_size - 1)
+
+
+def as_hf(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The contents of a tokenizer.json that gives the same ids. Raises UserError where there is none.
+
+    All kinds but characters become GPT-2's form, a BPE over printable stand-ins of bytes; bytes alone merge nothing.
+    """
+    try:
+        from tokenizers import Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as HFTokenizer
+    except ImportError:
+        raise UserError("a tokenizer for Hugging Face needs: pip install tokenizers") from None
+    if isinstance(tokenizer, CharTokenizer):
+        made = HFTokenizer(models.WordLevel({c: i for i, c in enumerate(tokenizer.characters)}))
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        made.decoder = decoders.Fuse()
+        return json.loads(made.to_str())
+    splits_words = isinstance(tokenizer, BPETokenizer)
+    if splits_words and tokenizer.pattern != GPT2_PATTERN:
+        raise UserError(f"the tokenizer {tokenizer.name} splits words in a way that has no equal there; wanted GPT-2's")
+    ranks = tokenizer.ranks if splits_words else {bytes([byte]): byte for byte in range(255)}
+    printable = {byte: character for character, byte in byte_of_printable().items()}
+    shown = {token: "".join(printable[byte] for byte in token) for token in ranks}
+    vocabulary = {shown[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: tokenizer.end_of_text}
+    made = HFTokenizer(models.BPE(vocabulary, [(shown[a], shown[b]) for a, b in merges(ranks)]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits_words)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([END_OF_TEXT])
+    return json.loads(made.to_str())
+
+
+def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The two tokens that each longer token is made of, the first merge first: what its bytes are before the last."""
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            made = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            i = made.index(min(made))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
+def from_hf(contents: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, where it is of a form that as_hf writes or GPT-2's own.
+
+    Raises ValueError that says what it is, or KeyError or TypeError where it is something else altogether.
+    """
+    model, split = contents["model"], contents["pre_tokenizer"] or {}
+    vocabulary = model["vocab"]
+    if model["type"] == "WordLevel" and all(len(token) == 1 for token in vocabulary):
+        return CharTokenizer(vocabulary)
+    end = next((t["id"] for t in contents["added_tokens"] if t["content"] == END_OF_TEXT), None)
+    byte_level = split.get("type") == "ByteLevel" and not split["add_prefix_space"]
+    if model["type"] != "BPE" or not byte_level or contents["normalizer"] or end is None:
+        raise ValueError(f"{model['type']} after {split.get('type')}, wanted GPT-2's byte-level BPE with {END_OF_TEXT}")
+    if not split.get("use_regex", True) and not model["merges"]:
+        return ByteTokenizer()
+    byte_of = byte_of_printable()
+    ordered = sorted((rank, token) for token, rank in vocabulary.items() if rank != end)
+    ranks = {bytes(byte_of[c] for c in token): rank for rank, token in ordered}
+    return BPETokenizer("gpt2" if end == 50256 else f"bpe:{end + 1}", GPT2_PATTERN, ranks, end)
 
 
 def byte_of_printable() -> dict[str, int]:

@@ -13,6 +13,7 @@ from conftest import ROOT, run
 
 import bench
 import eval as evaluation
+import export
 import sample
 from config import TrainConfig, load_config, parse
 
@@ -45,7 +46,7 @@ def test_the_command_exists_and_its_options_parse(command: str) -> None:
         return
     script, *arguments = arguments
     assert (ROOT / script).exists()
-    plain = {"sample.py": sample.SampleConfig, "eval.py": evaluation.EvalConfig}
+    plain = {"sample.py": sample.SampleConfig, "eval.py": evaluation.EvalConfig, "export.py": export.ExportConfig}
     if script in plain:
         parse(arguments, plain[script])
     else:
