@@ -128,7 +128,7 @@ class Subject(NamedTuple):
 
     name: str
     weights: str
-    """The start of model.pt's sha256, which tells checkpoints apart."""
+    """The start of a sha256 over those of its files, which tells checkpoints apart."""
     model: GPT
     tokenizer: Tokenizer
 
@@ -154,7 +154,8 @@ def main(o: Options) -> None:
 def load(run: Path, device: torch.device) -> Subject:
     model, tokenizer, manifest = checkpoint.load_model(run, device)
     name = f"{Path(manifest['options']['out_dir']).name}, step {manifest['step']}"
-    return Subject(name, manifest["files"]["model.pt"]["sha256"][:16], model, tokenizer)
+    of_files = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+    return Subject(name, of_files[:16], model, tokenizer)
 
 
 def score_task(o: Options, task: Task, subject: Subject, results: "Results") -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ class Scale:
     changes: dict[str, Any]
     rates: tuple[float, ...]
     """Learning rates to try; none = those of the presets."""
+    tune_share: float
+    """Length of a run that tries a rate, as a share of the whole."""
     init: str
     prepare: str
     """The command that makes the corpus."""
@@ -48,6 +50,7 @@ SCALES = {
     "paper": Scale(
         changes=dict(vocab_size=32000),
         rates=(),
+        tune_share=0.1,
         init="torch",  # as the authors' code has it
         prepare="python -m data.wikitext103.prepare (setting 1), or the command in the preset (setting 2 and 3B)",
         flops_per_second=dict(float32=0.4 * 19.5e12, bfloat16=0.4 * 312e12),  # 40 % of an A100, by arithmetic
@@ -55,6 +58,7 @@ SCALES = {
     "gpu": Scale(
         changes=dict(dataset="books_wiki", vocab_size=50304, eval_interval=0, save_interval=10_000, eval_tokens=None),
         rates=(5e-4, 1e-3, 2e-3),
+        tune_share=0.1,
         init="spectral",
         prepare="python -m data.own_text.prepare --path=FOLDER_WITH_BOTH --name=books_wiki --tokenizer=gpt2",
         flops_per_second=dict(bfloat16=0.3 * 989e12),  # 30 % of an H200's datasheet, a guess; not measured here
@@ -65,7 +69,8 @@ SCALES = {
     # low-dimensional part could not be seen; bytes would take less, but 128 of them are 22 words, and these are 53.
     "cpu": Scale(
         changes=dict(dataset="enwiki_1k", vocab_size=1024, min_lr=0.0, eval_tokens=250_000),
-        rates=(1e-3, 2e-3, 4e-3),
+        rates=(1e-3, 2e-3, 4e-3, 8e-3),
+        tune_share=0.3,  # a tenth, 295 steps, still depends on luck
         init="spectral",
         prepare="python -m data.own_text.prepare --path=ENWIKI_EXTRACT --name=enwiki_1k --tokenizer=bpe:1024",
         flops_per_second=dict(

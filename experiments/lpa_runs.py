@@ -44,8 +44,9 @@ class Options:
     seeds: int = 3
     rates: tuple[float, ...] = ()
     """Learning rates to try for each model; none = the scale's grid, for paper the paper's own rate."""
-    tune_share: float = 0.1
-    """Length of a run that tries a rate, as a share of the whole."""
+    tune_share: float | None = None
+    """Length of a run that tries a rate, as a share of the whole; 1 = the whole, which is then the first seed's run.
+    None = the scale's."""
     inits: tuple[Literal["spectral", "matched", "torch"], ...] = ()
     """A row for each law that the factors start from; none = torch for paper, as its authors, else spectral."""
     dropouts: tuple[float, ...] = ()
@@ -62,6 +63,8 @@ class Options:
     """Stop cleanly after so long; the same command goes on."""
     dry_run: bool = False
     """Show the runs with parameters, FLOPs and hours, and run nothing."""
+    folders: bool = False
+    """Print the folders of the finished runs, for experiments.plot, and run nothing."""
     out_dir: Path = Path("out/lpa_tables")
     results: Path = Path("results")
 
@@ -69,7 +72,7 @@ class Options:
         for name in ("seeds", "jobs", "nproc_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 1 or more")
-        if not 0 < self.tune_share <= 1:
+        if self.tune_share is not None and not 0 < self.tune_share <= 1:
             raise ValueError(f"tune_share is {self.tune_share}, wanted above 0 and at most 1")
 
 
@@ -153,7 +156,7 @@ def arguments_of(preset: str, settings: dict[str, Any]) -> list[str]:
 def make_run(o: Options, row: Row, rate: float, seed: int, tuning: bool = False) -> Run:
     """One training of a row. Raises UserError where its corpus is not prepared."""
     c, scale = row.config, SCALES[o.scale]
-    steps = max(1, round(c.max_steps * o.tune_share)) if tuning else c.max_steps
+    steps = max(1, round(c.max_steps * share_of(o))) if tuning else c.max_steps
     settings: dict[str, Any] = dict(learning_rate=rate, seed=seed, max_steps=steps, log_interval=max(1, steps // 400))
     if scale.warmup_share is not None:
         settings["warmup_steps"] = round(scale.warmup_share * steps)
@@ -174,10 +177,14 @@ def rates_of(o: Options, row: Row) -> tuple[float, ...]:
     return o.rates or SCALES[o.scale].rates or (row.config.learning_rate,)
 
 
+def share_of(o: Options) -> float:
+    return o.tune_share or SCALES[o.scale].tune_share
+
+
 def tuning_runs(o: Options, row: Row) -> list[Run]:
     """One for each rate; none where there is nothing to choose."""
     rates = rates_of(o, row)
-    return [make_run(o, row, rate, seed=1, tuning=True) for rate in rates] if len(rates) > 1 else []
+    return [make_run(o, row, rate, seed=1, tuning=share_of(o) < 1) for rate in rates] if len(rates) > 1 else []
 
 
 def best_rate(o: Options, row: Row) -> float:

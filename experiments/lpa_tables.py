@@ -6,6 +6,7 @@
     python -m experiments.lpa_tables --table=3 --scale=paper --nproc_per_node=8     as the paper had it
     python -m experiments.lpa_tables --table=8 --scale=paper --dry_run              what it would run, and how long
     python -m experiments.lpa_tables --table=size                                   from which size on is LPA better?
+    python -m experiments.plot $(python -m experiments.lpa_tables --table=6 --folders) --out=results/lpa_curves
 
 Trains what is missing below out/lpa_tables/ and writes results/lpa_table_N_SCALE.md. Each model first gets its learning
 rate, by one run of seed 1 and a tenth of the length for each rate of a grid; then the seeds run at the best of them.
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 
+import checkpoint
 import data
 import hardware
 from config import UserError, parse, user_errors
@@ -45,6 +47,7 @@ from experiments.lpa_runs import (
     make_run,
     rates_of,
     read_result,
+    share_of,
     table_rows,
     tokens_of,
     train_all,
@@ -60,12 +63,15 @@ def main(o: Options) -> None:
     if o.dry_run:
         print(plan(o, rows))
         return
+    if o.folders:
+        print("\n".join(str(run.folder) for run in chosen_runs(o, rows) if finished(run)))
+        return
     deadline = time.monotonic() + 60 * o.minutes if o.minutes else math.inf
     train_all(o, [run for row in rows for run in tuning_runs(o, row)], deadline)
     chosen = [best_rate(o, row) for row in rows]
     runs = [[make_run(o, row, rate, seed) for seed in range(1, o.seeds + 1)] for row, rate in zip(rows, chosen)]
     train_all(o, [run for seeds in zip(*runs) for run in seeds], deadline)  # a first seed of all before the second
-    write(o, markdown(o, rows, runs))
+    write(o, markdown(o, rows, runs), runs)
 
 
 def plan(o: Options, rows: list[Row]) -> str:
@@ -77,7 +83,7 @@ def plan(o: Options, rows: list[Row]) -> str:
         c, tries = row.config, len(rates_of(o, row))
         params, inside, flops = count(c.gpt)
         work = flops * tokens_of(c)
-        share = o.seeds + (tries * o.tune_share if tries > 1 else 0)
+        share = o.seeds + (tries * share_of(o) if tries > 1 else 0)
         hours = share * work / scale.flops_per_second[c.dtype] / 3600
         total += hours
         text = f"{row.arm.setting:10}{row.arm.model:14}{params:15,}{inside:15,}{row.arm.printed or '-':>8}"
@@ -92,16 +98,19 @@ def plan(o: Options, rows: list[Row]) -> str:
 def state_of_runs(o: Options, rows: list[Row]) -> str:
     """How many are finished. Without a corpus there is no hash, and so no run to recognise."""
     try:
-        runs = {run.folder: run for row in rows for run in tuning_runs(o, row)}
-        for row in rows:
-            if all(read_result(run) for run in tuning_runs(o, row)):
-                made = [make_run(o, row, best_rate(o, row), seed) for seed in range(1, o.seeds + 1)]
-                runs |= {run.folder: run for run in made}
+        tuning = [run for row in rows for run in tuning_runs(o, row)]
+        runs = {run.folder: run for run in [*tuning, *chosen_runs(o, rows)]}
     except UserError as error:
         return f"note: {error}"
     done = sum(finished(run) for run in runs.values())
     begun = sum((run.folder / "ckpt").exists() for run in runs.values() if not finished(run))
     return f"{done} runs are finished, {begun} are begun"
+
+
+def chosen_runs(o: Options, rows: list[Row]) -> list[Run]:
+    """The runs of all seeds for the rows whose rate is chosen already."""
+    known = [row for row in rows if all(read_result(run) for run in tuning_runs(o, row))]
+    return [make_run(o, row, best_rate(o, row), seed) for row in known for seed in range(1, o.seeds + 1)]
 
 
 def markdown(o: Options, rows: list[Row], runs: list[list[Run]]) -> str:
@@ -145,7 +154,7 @@ def rates_text(o: Options, rows: list[Row]) -> str:
     if len(rates) == 1:
         return "Learning rates as given, none tuned."
     tried = ", ".join(f"{rate:g}" for rate in rates)
-    return f"Rates tried on seed 1 at {o.tune_share:g} of the length: {tried}; * marks one at the edge of them."
+    return f"Rates tried on seed 1 at {share_of(o):g} of the length: {tried}; * marks one at the edge of them."
 
 
 def cells(o: Options, row: Row, runs: list[Run]) -> str:
@@ -184,11 +193,29 @@ def crossing(rows: list[Row], runs: list[list[Run]]) -> str:
     return " ".join(found if len(found) > 1 else [*found, "Nowhere does it turn from behind to ahead."])
 
 
-def write(o: Options, text: str) -> None:
-    o.results.mkdir(parents=True, exist_ok=True)
+def write(o: Options, text: str, runs: list[list[Run]] | None = None) -> None:
+    """The table into a file of its own and, where results/lpa.md has a place for it, there; small logs beside it."""
     path = o.results / f"lpa_table_{o.table}_{o.scale}.md"
-    path.write_text(text)
+    o.results.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_whole(path, text)
+    verdict, mark = o.results / "lpa.md", f"<!-- table {o.table} {o.scale} -->\n"
+    if verdict.exists() and verdict.read_text().count(mark) == 2:
+        before, _, after = verdict.read_text().split(mark)
+        table = "\n".join(line for line in text.splitlines()[1:]).strip()
+        checkpoint.write_whole(verdict, f"{before}{mark}{table}\n{mark}{after}")
+    for run in itertools.chain.from_iterable(runs or []):
+        small = o.results / "lpa_logs" / f"{run.folder.name}_seed_{run.config.seed}.jsonl"
+        small.parent.mkdir(exist_ok=True)
+        lines = (run.folder / "log.jsonl").read_text().splitlines(keepends=True)
+        checkpoint.write_whole(small, "".join(thinned(lines)))
     print(f"\n{text}\nwritten to {path}")
+
+
+def thinned(lines: list[str], most: int = 60) -> list[str]:
+    """Of a log all but the steps, and of these so many, evenly: what a plot needs."""
+    steps = [i for i, line in enumerate(lines) if '"loss"' in line]
+    kept = {steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)} if len(steps) > most else set(steps)
+    return [line for i, line in enumerate(lines) if i in kept or i not in set(steps)]
 
 
 # Table 2

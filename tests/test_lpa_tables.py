@@ -183,14 +183,6 @@ def test_an_interrupted_run_goes_on(corpus: Path, tmp_path: Path) -> None:
     lpa_runs.train_all(o, [run], math.inf)
     assert lpa_runs.finished(run)
     assert f"going on from {run.folder}/ckpt/step_{stopped_at}" in run.folder.with_suffix(".out").read_text()
-    # Stopped in its last evaluation: train.py has nothing left to do, and the loss is still missing
-    lines = log.read_text().splitlines()
-    evaluation = json.loads(lines[-1])
-    log.write_text("\n".join(lines[:-1]) + "\n")
-    assert not lpa_runs.finished(run)
-    lpa_runs.conclude(run, 0)
-    again = json.loads(log.read_text().splitlines()[-1])
-    assert again == pytest.approx(evaluation, rel=1e-6)
 
 
 def test_a_second_interrupt_leaves_no_job() -> None:
@@ -242,3 +234,24 @@ def test_the_crossing_lies_between_its_neighbours(tmp_path: Path, monkeypatch: p
     sizes = [lpa_runs.count(row.config.gpt)[0] for row in rows[::2]]
     assert f"overtakes at about {statistics.geometric_mean(sizes[1:]) / 1e6:.3g}M" in text
     assert "Nowhere" in lpa_tables.crossing(rows, [[loss] for loss in sorted(losses)])
+
+
+def test_a_rate_tried_at_the_whole_length_is_the_first_seeds_run(corpus: Path, tmp_path: Path) -> None:
+    o = options(corpus, tmp_path, max_steps=60, rates=(1e-3, 2e-3), tune_share=1.0)
+    row = next(lpa_runs.table_rows(o))
+    tried = {run.folder for run in lpa_runs.tuning_runs(o, row)}
+    assert tried == {lpa_runs.make_run(o, row, rate, seed=1).folder for rate in o.rates}
+
+
+def test_the_table_stands_in_the_verdict_and_small_logs_beside_it(tmp_path: Path) -> None:
+    o = lpa_runs.Options(table="6", results=tmp_path)
+    (tmp_path / "lpa.md").write_text("before\n<!-- table 6 cpu -->\nold\n<!-- table 6 cpu -->\nafter\n")
+    lpa_tables.write(o, "# title\n\n| a |\n|---|\n")
+    assert (tmp_path / "lpa.md").read_text() == (
+        "before\n<!-- table 6 cpu -->\n| a |\n|---|\n<!-- table 6 cpu -->\nafter\n"
+    )
+    lines = ['{"versions": 1}\n', *(f'{{"step": {i}, "loss": 1}}\n' for i in range(1000)), '{"val_loss": 2}\n']
+    small = lpa_tables.thinned(lines)
+    assert small[:2] == lines[:2]
+    assert small[-2:] == lines[-2:]
+    assert len(small) == 62
