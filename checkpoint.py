@@ -219,7 +219,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no whole checkpoint: its manifest.json cannot be read ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("sha256") != json.loads(sealed(manifest))["sha256"]:
+    known = {"step", "options", "tokenizer", "files"}
+    if not isinstance(manifest, dict) or not known <= manifest.keys():
+        raise UserError(f"{folder / 'manifest.json'} is not one of ours, wanted one with {', '.join(sorted(known))}")
+    if "sha256" in manifest and manifest["sha256"] != json.loads(sealed(manifest))["sha256"]:  # old ones have none
         raise UserError(f"{folder / 'manifest.json'} is not what was saved: its own sha256 differs")
     for name, seen in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).exists() else None
@@ -254,6 +257,8 @@ def load_tensors(folder: Path, part: str, mapped: bool = False) -> dict[str, Ten
     mapped: the tensors stay in the file until they are read, unless the checkpoint is sharded.
     """
     if not is_sharded(folder):
+        if not (folder / f"{part}.pt").exists():
+            raise UserError(f"{folder} holds no {part}.pt, so it is of another version of this program")
         return torch.load(folder / f"{part}.pt", map_location="cpu", weights_only=True, mmap=mapped)
     index = Reader(folder).read_metadata().state_dict_metadata
     names = [name for name in index if name.startswith(f"{part}.")]

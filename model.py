@@ -381,7 +381,7 @@ class MLP(nn.Module):
 
     def close(self, gate: Tensor, up: Tensor) -> Tensor:
         """The gated product, and down: of gate and up, each (B, T, F), to (B, T, C). torch.compile fuses by itself."""
-        if self.closes_early and not torch.compiler.is_compiling():
+        if self.closes_early and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return GatedProduct.apply(gate, up, self.down.weight)
         return self.down(F.silu(gate) * up)
 
