@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,18 +50,18 @@ class Saver:
     Sharded tensors are saved by all ranks together, others by rank 0. What fails is told by failure() or close().
     """
 
-    def __init__(self, run: Path, tokenizer: Tokenizer, world: World, shard: bool) -> None:
+    def __init__(self, run: Path, tokenizer: Tokenizer, world: World, shard: bool, timeout: float = 1800.0) -> None:
         self.run, self.tokenizer, self.world, self.shard = run, tokenizer, world, shard
         # The threads' words must not mix with those of the steps.
-        self.group = dist.new_group(backend="gloo") if shard else None
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if shard else None
         self.worker = ThreadPoolExecutor(1, "save")
         self.jobs: list[Future] = []
         self.failed: str | None = None
 
-    def save(self, parts: Parts, state: dict[str, Any]) -> None:
-        """`parts` are the live tensors, `state` goes into the manifest as it is now."""
+    def save(self, parts: Parts, state: dict[str, Any]) -> str | None:
+        """`parts` are the live tensors, `state` goes into the manifest as it is now -> what the save before it met."""
         self.wait()
-        self.failed = None
+        earlier, self.failed = self.failure(), None
         state, partial = json.loads(json.dumps(state)), partial_folder(self.run, state["step"])
         if self.shard:
             flat = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
@@ -70,6 +71,7 @@ class Saver:
         elif self.world.rank == 0:
             copies = {part: {k: t.detach().to("cpu", copy=True) for k, t in parts[part].items()} for part in parts}
             self.submit(lambda: save(self.run, copies, state, self.tokenizer))
+        return earlier
 
     def publish_shards(self, written: Future, partial: Path, state: dict[str, Any]) -> None:
         try:
@@ -163,7 +165,7 @@ def publish(run: Path, partial: Path, state: dict[str, Any], tokenizer: Tokenize
     sync(folder.parent)
     point(run, "last", folder.name)
     kept = run / "ckpt" / "best"
-    best_name = kept.read_text().strip() if kept.exists() else None
+    best_name = kept.read_text(errors="replace").strip() if kept.exists() else None
     older = [old for old in steps(run) if step_of(old) < state["step"]]  # what is newer was broken, and passed over
     for old in older[1:]:
         if old.name != best_name:
@@ -178,6 +180,12 @@ def clear_leftovers(run: Path) -> None:
     """Of a save that a crash cut short."""
     for leftover in (run / "ckpt").glob("step_*.tmp"):
         shutil.rmtree(leftover)
+
+
+def set_aside(folder: Path) -> None:
+    """A step folder that does not verify gets a name that no resume looks at."""
+    shutil.rmtree(folder.with_suffix(".broken"), ignore_errors=True)
+    folder.rename(folder.with_suffix(".broken"))
 
 
 def mark_best(run: Path, step: int, val_loss: float) -> None:
@@ -328,6 +336,7 @@ class IndexOnly(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        module = module.removesuffix("._local")  # where Python 3.13 keeps pathlib's classes
         if name not in self.KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)

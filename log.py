@@ -26,31 +26,33 @@ class Log:
         tokens_per_step: int,
         last_step: int,
         world: World,
+        resumed: bool,
     ) -> None:
-        self.silent = world.rank != 0
+        self.silent, self.full = world.rank != 0, False
         self.first, self.seconds, self.wandb_id, self.wandb = True, state["seconds"], state["wandb_id"], None
         self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
         self.length_share = 1.0  # of block_size: how long the sequences of this stage of a generated task are
         rate = hardware.matmul_rate(world.device, c.dtype)  # on all ranks at once: they may share a machine
         self.matmul_rate = world.size * world.mean(torch.tensor(rate, device=world.device)).item()
         self.flops_per_token = 3 * model.flops_per_token()  # backward takes twice the forward pass
-        self.evaluated, self.sampled = world.from_rank_0(lambda: self.open(run, state["step"]))
+        self.evaluated, self.sampled = world.from_rank_0(lambda: self.open(run, state["step"], resumed))
         if not self.silent:
             self.tell_setting(state, model, world)
             if c.wandb:
                 self.open_wandb(run, state)
         self.start_clock(state["step"])
 
-    def open(self, run: Path, step: int) -> tuple[set[int], set[int]]:
+    def open(self, run: Path, step: int, resumed: bool) -> tuple[set[int], set[int]]:
         """Start log.jsonl, or on a resume drop what a crashed run wrote after its checkpoint -> the steps that
         have an evaluation in it, and those that have a sample."""
         path, kept = run / "log.jsonl", []
         try:
-            if step > 0 and path.exists():
-                kept = [line for line in path.read_text().splitlines(keepends=True) if logged_by(line, step)]
+            if resumed and path.exists():
+                lines = path.read_text(errors="replace").splitlines(keepends=True)
+                kept = [line for line in lines if logged_by(line, step)]
             path.with_suffix(".tmp").write_text("".join(kept))
             path.with_suffix(".tmp").replace(path)
-            self.file = open(path, "a", buffering=1)  # noqa: SIM115 (stays open; a line at a time reaches the disk)
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (stays open; each line reaches the disk at once)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
         records = [json.loads(line) for line in kept]
@@ -89,7 +91,12 @@ class Log:
             if isinstance(value, float) and not math.isfinite(value):
                 record[name] = None  # JSON has no nan
         if not self.silent:
-            self.file.write(json.dumps(record) + "\n")
+            try:
+                self.file.write(json.dumps(record).encode() + b"\n")
+            except OSError as error:  # a full disk is no reason to lose the run
+                if not self.full:
+                    self.warn(f"cannot write log.jsonl: {error.strerror}; the run goes on")
+                self.full = True
         if self.wandb:
             self.wandb.log(record)
 

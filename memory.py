@@ -87,8 +87,8 @@ class HeadLoss(torch.autograd.Function):
                 grad_b = grad.sum(0) if grad_b is None else grad_b + grad.sum(0)
             grad = grad.to(x.dtype)
             grad_x[start : start + LOSS_CHUNK] = linear(grad, w.T)
-            part = linear(grad.T, chunk.T).to(exact)  # FSDP's weight is in bfloat16, in which a sum of chunks rounds
-            grad_w = part if grad_w is None else grad_w.add_(part)
+            part = linear(grad.T, chunk.T)
+            grad_w = part.to(exact) if grad_w is None else grad_w.add_(part)  # FSDP's weight itself is in bfloat16
         if with_gradients:
             ctx.save_for_backward(grad_x, grad_w, grad_b)
             ctx.dtype = weight.dtype

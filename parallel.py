@@ -77,6 +77,9 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
     if size == 1:
         return World(rank, size, chosen)
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+    if rank == 0:
+        for other in range(size):  # torchrun keeps the store from one start to the next
+            store.delete_key(f"waited/{other}")
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     if chosen.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen, **options)
@@ -90,7 +93,7 @@ def roll_call(world: World, timeout: float) -> Iterator[None]:
     """Around what ranks do together: where some wait in vain, the ranks that did not answer are named, exit code 1.
 
     torchrun then starts all of them again, if --max-restarts lets it. A rank whose wait ended leaves word in the store;
-    one that hangs does not. On CUDA it is the Watch's agreement, over the CPU, that runs out of time first.
+    one that hangs does not. Where NCCL's own watchdog is first to lose patience, it ends the process without a name.
     """
     try:
         yield

@@ -94,7 +94,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
     guard = Guard(world.device, c.skip_spikes, state["guard"])
 
     last_step = c.max_steps if c.stop_step is None else min(c.max_steps, c.stop_step)
-    log = Log(run, c, state, model, tokens_per_step, last_step, world)
+    log = Log(run, c, state, model, tokens_per_step, last_step, world, resumed=folder is not None)
     log.say(f"{model}\n{optim.describe(optimizers)}")
     if stage is None:
         log.say(f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate")
@@ -112,12 +112,14 @@ def pretrain(c: TrainConfig, world: World) -> None:
         log.say(f"weights of {c.init_from}; {checkpoint.energy_table(energy)}")
         log.write(dict(step=0, energy_kept=energy))
 
-    saver, saved_step = checkpoint.Saver(run, tokenizer, world, c.shard), state["step"] if folder else -1
+    saver = checkpoint.Saver(run, tokenizer, world, c.shard and world.size > 1, c.hang_timeout)
+    first_step, saved_step = state["step"], state["step"] if folder else None
 
     def save() -> int:
         state.update(seconds=log.seconds, wandb_id=log.wandb_id, guard=guard.state(), scaler=scaler.state_dict())
         parts = dict(model=model.state_dict(), optimizer=checkpoint.optimizer_tensors(model, optimizers))
-        saver.save(parts, state)
+        if trouble := saver.save(parts, state):
+            log.warn(trouble)  # of the save before; this one has another chance
         log.start_clock(state["step"])
         return state["step"]
 
@@ -129,14 +131,15 @@ def pretrain(c: TrainConfig, world: World) -> None:
             del spread, model, optimizers
             folder, guiding = world.from_rank_0(saver.newest), False
             model, spread, optimizers, _ = build(c, folder, guiding, world)
-        if evaluation_due(step, last_step, c, state["stage"], log.evaluated, new=folder is None):
+        if evaluation_due(step, last_step, c, state["stage"], log.evaluated - {first_step}):
             val_loss = evaluate(model, open_data(c, state["stage"])[1], windows, c, world, watch)
-            if math.isfinite(val_loss):  # else a signal cut it short, or the model is lost
-                report_evaluation(step, val_loss, model, c, world, state, log)
-            if step and val_loss < (state["best_val_loss"] or math.inf):
+            comparable = step > 0 and (step == last_step or not state["stage"])  # stages have losses of their own
+            if comparable and val_loss < (state["best_val_loss"] or math.inf):
                 saved_step = saved_step if saved_step == step else save()
                 state["best_val_loss"] = val_loss
                 saver.mark_best(step, val_loss)
+            if not watch.agreed:  # else a signal may have cut it short
+                report_evaluation(step, val_loss, model, c, world, state, log)
             log.start_clock(step)
         if step and due(step, c.sample_interval) and step not in log.sampled:
             log.sample(step, write_sample(model, tokenizer, c, world))
@@ -160,24 +163,25 @@ def pretrain(c: TrainConfig, world: World) -> None:
 
         unguided_from_here = guiding and step == guided_steps
         saving = step == last_step or unguided_from_here or due(step, c.save_interval)
-        if log.first or saving or due(step, c.log_interval) or due(step, c.eval_interval):
+        if log.first or saving or any(due(step, n) for n in (c.log_interval, c.eval_interval, c.sample_interval)):
             log.step(step, loss.item(), norm.item(), rate, guard.skipped.item())  # here alone the host waits
             guard.stop_if_lost(step)
         if unguided_from_here:
             structured.drop_guides(model, optimizers)
         if saving:
-            if trouble := saver.failure():
-                log.warn(trouble)  # and what is to be saved now has another chance
             saved_step = save()
 
-    if reason and reason not in parallel.LOST and saved_step != state["step"]:
-        save()
+    if reason and reason not in parallel.LOST and saved_step != step:
+        if step > first_step and step != log.clock_step:
+            log.step(step, loss.item(), norm.item(), rate, guard.skipped.item())
+        saved_step = save()
+    saver.wait()
     world.from_rank_0(saver.close)  # here a save that failed becomes an error
     if reason in parallel.LOST:
-        raise UserError(f"{reason}: stopped at step {state['step']} without saving; --resume goes on from {saved_step}")
+        raise UserError(f"{reason}: stopped at step {step} without saving; --resume goes on from step {saved_step}")
     if reason:
-        world.from_rank_0(lambda: note_stop(run, reason, state["step"]))
-        log.say(f"{reason}: saved step {state['step']} in {run}; the same command with --resume goes on from there")
+        world.from_rank_0(lambda: note_stop(run, reason, step))
+        log.say(f"{reason}: saved step {step} in {run}; the same command with --resume goes on from there")
     log.close(state["best_val_loss"])
 
 
@@ -333,11 +337,11 @@ def evaluate(
 
 
 def evaluation_due(
-    step: int, last_step: int, c: TrainConfig, stage: dict[str, float] | None, evaluated: set[int], new: bool
+    step: int, last_step: int, c: TrainConfig, stage: dict[str, float] | None, evaluated: set[int]
 ) -> bool:
-    """`evaluated` are the steps whose evaluation an earlier start of the run has logged; new: it had none."""
+    """`evaluated` are the steps with whose evaluation an earlier start of the run was done."""
     if step == 0:
-        return new and c.init_from is not None
+        return c.init_from is not None and step not in evaluated
     if stage and step < last_step:
         return due(step, c.eval_interval)  # again after a resume: it decides the next stage
     return step not in evaluated and (step == last_step or due(step, c.eval_interval))
@@ -351,7 +355,7 @@ def report_evaluation(
     val_data = open_data(c, stage)[1]
     extra = copy_report(model, val_data, c, world, stage) if stage else {}
     log.evaluation(step, loss, loss * val_data.tokens / val_data.bytes / math.log(2), extra)
-    if stage and step < log.last_step:
+    if stage and step < log.last_step and math.isfinite(loss):
         state["stage"] = copying.next_stage(c.task, stage, loss)
 
 
@@ -461,15 +465,16 @@ def prepare_run(run: Path, c: TrainConfig, state: dict[str, Any]) -> tuple[Path 
     Never overwrites an earlier run: that one is moved aside. Raises UserError where there is nothing to resume, or the
     checkpoint is of another model, other data, another seed or optimizer.
     """
-    resume = c.resume
+    resume, broken = c.resume, []
     if run.resolve() == Path.cwd().resolve():
         raise UserError(f"out_dir is {str(run)!r}, wanted a folder of its own, such as out/run")
-    folder, manifest, complaints = checkpoint.newest(run)
+    folder, manifest, complaints = checkpoint.newest(run) if resume != "never" else (None, {}, [])
     if folder is None and (resume == "must" or (resume == "auto" and complaints)):
         raise UserError("; ".join(complaints) or f"nothing to resume: {run} holds no checkpoint; leave --resume out")
     if resume != "never" and folder is not None:
         for complaint in complaints:
             print(f"warning: {complaint}; passed over")
+        broken = checkpoint.steps(run)[: len(complaints)]
         changed = checkpoint.differences(*map(checkpoint.model_options, (manifest["options"], state["options"])))
         kept = {name: value for name, value in manifest["order"].items() if name != "data" or not c.new_data}
         changed += checkpoint.differences(kept, {n: v for n, v in state["order"].items() if n != "data" or n in kept})
@@ -482,11 +487,13 @@ def prepare_run(run: Path, c: TrainConfig, state: dict[str, Any]) -> tuple[Path 
             print(f"an earlier run in {run} was moved to {run}.{number}")
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.clear_leftovers(run)
+        for passed_over in broken:  # or they would count among those that are kept
+            checkpoint.set_aside(passed_over)
         (run / "stopped.json").unlink(missing_ok=True)
         (run / "config.json").write_text(json.dumps(state["options"], indent=1))
     except OSError as error:
         raise UserError(f"cannot write to out_dir {run}: {error.strerror}") from None
-    return (None, {}) if resume == "never" else (folder, manifest)
+    return folder, manifest
 
 
 def note_stop(run: Path, reason: str, step: int) -> None:

@@ -147,7 +147,8 @@ class TrainConfig:
     new_data: bool = False
     """Let a resume go on with another corpus than the run began with."""
     save_errors: Literal["stop", "go_on"] = "stop"
-    """When a checkpoint cannot be saved, on a full disk say. Earlier ones stay as they are in either case."""
+    """When a checkpoint cannot be saved, on a full disk say. Earlier ones stay as they are in either case; a
+    self-guided run cannot go on without the one at the end of its guidance."""
     max_hours: float | None = None
     """Save and stop after so long, as after a SIGTERM."""
     skip_spikes: float = 0.0
@@ -271,11 +272,11 @@ def in_one_line(box: str) -> str:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around a script's main: what the user can mend is one line on rank 0 and exit code 2, not a traceback."""
+    """Around a script's main: what the user can mend is one line on each machine and exit code 2, no traceback."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: it may be the only one that meets the error
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough

@@ -1,6 +1,7 @@
 """Hooks that make train.py meet a fault at a chosen event: conftest.start(..., hook='events.NAME')."""
 
 import collections
+import errno
 import os
 import resource
 import signal
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 import checkpoint
 import data
+import log
 import train
 
 AUDITED = {"os.rename": "rename", "os.remove": "prune", "os.rmdir": "prune", "os.mkdir": "mkdir"}
@@ -28,12 +31,12 @@ def kill_at() -> None:
     kind, at = os.environ.get("FAULT_KIND", ""), int(os.environ.get("FAULT_AT", 0))
     counts: collections.Counter[str] = collections.Counter()
     lock = threading.RLock()
-    log = os.open(os.environ["FAULT_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    events = os.open(os.environ["FAULT_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def event(name: str, file: Path | None = None) -> None:
         with lock:
             counts[name] += 1
-            os.write(log, f"{name}\n".encode())
+            os.write(events, f"{name}\n".encode())
             if name == kind and counts[name] == at:
                 if file is not None:
                     os.truncate(file, file.stat().st_size // 2)
@@ -89,3 +92,39 @@ def die_once() -> None:
         original(seed, step, rank)
 
     train.seed_dropout = seed_dropout
+
+
+def signal_rank_1() -> None:
+    """Rank 1 sends itself a SIGTERM before its fifth step."""
+    original = train.seed_dropout
+
+    def seed_dropout(seed: int, step: int, rank: int) -> None:
+        original(seed, step, rank)
+        if rank == 1 and step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train.seed_dropout = seed_dropout
+
+
+def no_room_on_rank_1() -> None:
+    """From its second save on."""
+    original, saves = dcp.FileSystemWriter.write_data, []
+
+    def write_data(self: Any, *arguments: Any) -> Any:
+        saves.append(1)
+        if os.environ["RANK"] == "1" and len(saves) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, *arguments)
+
+    dcp.FileSystemWriter.write_data = write_data
+
+
+def log_to_a_full_device() -> None:
+    """What is logged after the first line meets a full disk."""
+    original = log.Log.tell_setting
+
+    def tell_setting(self: log.Log, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+
+    log.Log.tell_setting = tell_setting

@@ -43,6 +43,7 @@ OPTIONS = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "wsd"),
     "dtype": ("float32", "bfloat16"),
+    "shard": ("true",),
     "recompute": ("none", "latents", "block"),
     "factor_init": ("spectral", "matched", "torch"),
     "self_guided": ("flops",),
@@ -195,11 +196,11 @@ def test_prompts(number: int, base: Path) -> None:
     @cases(number)
     @given(text, knobs)
     def check(prompt: str, options: dict[str, Any]) -> None:
-        def write() -> None:
-            sample.main(sample.SampleConfig(base, prompt=prompt, **dict(max_new_tokens=5) | options))
-
-        with contextlib.suppress(ValueError):  # from the options' own check, which the parser turns into one line
-            one_clear_line(write)
+        try:
+            c = sample.SampleConfig(base, prompt=prompt, **dict(max_new_tokens=5) | options)
+        except ValueError:  # from the options' own check; the parser turns it into one line
+            return
+        one_clear_line(lambda: sample.main(c))
 
     check()
 

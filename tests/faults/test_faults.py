@@ -4,18 +4,24 @@
 """
 
 import json
+import math
 import os
+import random
 import shutil
 import signal
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import read_log, run_here, run_ranks, start
+import torch
+from conftest import read_log, run, run_here, run_ranks, start
 from test_train import arguments, losses, same, tensors
 
 import checkpoint
+from config import UserError
+from train import Guard
 
 SIX = ["--max_steps=6", "--save_interval=2"]
 
@@ -94,7 +100,7 @@ def test_a_full_disk_stops_the_run_or_not(corpus: Path, tmp_path: Path) -> None:
     assert losses(out) == losses(tmp_path / "roomy")
 
 
-def test_one_signal_to_one_rank_stops_all_of_them_during_an_evaluation(corpus: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_an_evaluation_which_a_resume_makes_up_for(corpus: Path, tmp_path: Path) -> None:
     out, output = tmp_path / "run", tmp_path / "out.txt"
     options = ["--max_steps=8", "--eval_interval=4", "--eval_tokens=12800", "--save_interval=4"]
     process = start(arguments(corpus, out, *options), output, hook="events.slow_evaluation")
@@ -122,3 +128,100 @@ def test_the_deadline_ends_all_ranks_and_a_resume_goes_on(corpus: Path, tmp_path
     more = [f"--stop_step={stopped['step'] + 1}", "--resume"]
     run_ranks(2, arguments(corpus, out, *options[:-1], *more), tmp_path)
     assert checkpoint.newest(out)[0].name == f"step_{stopped['step'] + 1}"
+
+
+def test_a_signal_to_one_rank_stops_all_of_them(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--tokens_per_step=256", "--max_steps=100000", "--log_interval=1000", "--shard"]
+    run_ranks(2, arguments(corpus, out, *options), tmp_path, "events.signal_rank_1")
+    stopped = json.loads((out / "stopped.json").read_text())
+    assert stopped["reason"] == "SIGTERM"
+    assert checkpoint.newest(out)[0].name == f"step_{stopped['step']}"
+
+
+def test_a_write_that_fails_on_one_rank_fails_the_sharded_save_of_all(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--tokens_per_step=256", "--max_steps=6", "--save_interval=2", "--shard"]
+    printed = run_ranks(2, arguments(corpus, out, *options), tmp_path, "events.no_room_on_rank_1", expect=2)
+    assert "error: could not save" in printed
+    assert checkpoint.newest(out)[0].name == "step_2"
+    assert not list(out.glob("ckpt/*.tmp"))
+    shard = next((out / "ckpt" / "step_2").glob("__1_*.distcp"))
+    contents = bytearray(shard.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    shard.write_bytes(contents)
+    printed = run_ranks(2, arguments(corpus, out, *options, "--resume=auto"), tmp_path, expect=2)
+    assert "its sha256 differs" in printed
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_costs_nothing(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    output = tmp_path / "out.txt"
+    process = start(arguments(corpus, tmp_path / "run", "--max_steps=3"), output, hook="events.log_to_a_full_device")
+    process.join()
+    assert process.exitcode == 0, output.read_text()
+    assert output.read_text().count("cannot write log.jsonl: No space left on device") == 1
+    assert checkpoint.newest(tmp_path / "run")[0].name == "step_3"
+
+
+def test_what_was_passed_over_takes_no_place_of_what_is_kept(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run_here(arguments(corpus, out, "--max_steps=6", "--save_interval=2"))
+    flip(out / "ckpt" / "step_6")
+    run_here(arguments(corpus, out, "--max_steps=8", "--save_interval=1", "--stop_step=5", "--resume"))
+    assert [folder.name for folder in checkpoint.steps(out)] == ["step_5", "step_4"]
+    assert (out / "ckpt" / "step_6.broken").exists()
+
+
+def test_the_best_is_marked_by_the_resume_if_the_mark_was_lost(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "run", ["--max_steps=4", "--save_interval=2", "--eval_interval=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Saver, "mark_best", lambda *_: None)
+        run_here(arguments(corpus, out, *options, "--stop_step=2"))
+    assert not (out / "ckpt" / "best").exists()
+    run_here(arguments(corpus, out, *options, "--resume"))
+    manifest = checkpoint.read_manifest(out / "ckpt" / "step_2")
+    assert manifest["best_val_loss"] == next(line["val_loss"] for line in read_log(out) if "val_loss" in line)
+    assert (out / "ckpt" / "best").read_text().strip() in ("step_2", "step_4")
+
+
+def test_spikes_are_skipped_as_a_plain_loop_would() -> None:
+    draw = random.Random(1)
+    guard, seen, skips = Guard(torch.device("cpu"), spikes=4.0), [], []
+    for step in range(300):
+        loss, norm = draw.gauss(3, 0.1), draw.gauss(1, 0.2)
+        if step in (50, 200, 250):
+            loss += 5
+        if step == 220:
+            norm = math.nan
+        if step == 260:  # a resume
+            guard = Guard(torch.device("cpu"), 4.0, json.loads(json.dumps(guard.state())))
+        skipped = guard.judge(torch.tensor(loss), torch.tensor(norm)).item()
+        expected = not math.isfinite(norm)
+        if not expected:
+            recent = seen[-128:]
+            if len(seen) >= 128:
+                expected = any(
+                    now > statistics.mean(values) + 4 * statistics.stdev(values)
+                    for now, values in zip((loss, norm), zip(*recent))
+                )
+            seen.append((loss, norm))
+        assert skipped == expected, step
+        skips += [step] if skipped else []
+    assert {200, 220, 250} <= set(skips)
+    assert 50 not in skips  # too few before it
+    assert guard.skipped == len(skips)
+
+
+def test_other_data_is_refused_unless_told(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("Other words, again and again. " * 400)
+    places = [f"--path={tmp_path / 'other.txt'}", f"--name={tmp_path / 'other'}"]
+    run("-m", "data.own_text.prepare", *places, "--tokenizer=byte")
+    out = tmp_path / "run"
+    run_here(arguments(corpus, out, "--max_steps=2"))
+    with pytest.raises(UserError, match="data: the checkpoint has"):
+        run_here(arguments(tmp_path / "other", out, "--max_steps=3", "--resume"))
+    run_here(arguments(tmp_path / "other", out, "--max_steps=3", "--resume", "--new_data"))
+    assert checkpoint.newest(out)[0].name == "step_3"

@@ -5,12 +5,13 @@
 """
 
 import collections
+import json
 import random
 import signal
 from pathlib import Path
 
 import pytest
-from conftest import run, start
+from conftest import read_log, run, start
 from test_train import arguments, losses, same, tensors
 
 STEPS = 60
@@ -34,6 +35,18 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder / "run", collections.Counter((folder / "events").read_text().split())
 
 
+def assert_same_run(out: Path, whole: Path) -> None:
+    """Every loss, the weights and moments, and which checkpoint is the best with what loss."""
+    assert losses(out) == losses(whole)
+    evaluations = [[line for line in read_log(run) if "val_loss" in line] for run in (out, whole)]
+    assert evaluations[0] == evaluations[1]
+    assert same(tensors(out, STEPS), tensors(whole, STEPS))
+    best = [(run / "ckpt" / "best").read_text() for run in (out, whole)]
+    assert best[0] == best[1]
+    marked = [json.loads((run / "ckpt" / best[0].strip() / "manifest.json").read_text()) for run in (out, whole)]
+    assert marked[0]["best_val_loss"] == marked[1]["best_val_loss"]
+
+
 def kill_again_and_again(corpus: Path, whole: Path, folder: Path, kills: int, draw: random.Random) -> dict[str, int]:
     """Kill runs at drawn events until so many kills were met; each run is resumed until it ends. The kills, by kind."""
     met: collections.Counter[str] = collections.Counter()
@@ -51,8 +64,7 @@ def kill_again_and_again(corpus: Path, whole: Path, folder: Path, kills: int, dr
             if process.exitcode == 0:
                 break
             met[kind] += 1
-        assert losses(out) == losses(whole)
-        assert same(tensors(out, STEPS), tensors(whole, STEPS))
+        assert_same_run(out, whole)
         if sum(met.values()) >= kills:
             break
     return dict(met)
@@ -88,8 +100,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(corpus: Path, tmp_path: Pat
                 process.join()
             elif process.exitcode == 0:
                 break
-        assert losses(out) == losses(undisturbed[0])
-        assert same(tensors(out, STEPS), tensors(undisturbed[0], STEPS))
+        assert_same_run(out, undisturbed[0])
 
 
 @pytest.mark.slow
