@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -339,6 +340,25 @@ def test_compiled_and_eager_checkpoints_have_the_same_keys_and_losses(corpus: Pa
     run_here(arguments(corpus, compiled, "--max_steps=2", "--compile=block"))
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
     assert tensors(compiled, 2).keys() == tensors(eager, 2).keys()
+
+
+def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled(corpus: Path) -> None:
+    c = TrainConfig(gpt=GPTConfig(vocab_size=256, **small()), batch_size=4)
+    shapes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, val = GPT(c.gpt), data.open_corpus(str(corpus), "val")
+    for block in model.transformer.h:
+        block.compile(backend=backend)
+    losses = [train.evaluate(model, val, data.eval_windows(val, 32)[:n], c, World(0, 1, CPU)) for n in (8, 10)]
+    assert all(map(math.isfinite, losses))
+    seen = {shape[0] for found in shapes for shape in found if shape[1:] == (32, 32)}
+    assert seen == {4}
+    torch._dynamo.reset()
 
 
 # --- The step ----------------------------------------------------------------------------------------------------
