@@ -7,7 +7,7 @@ loss      paper: test perplexity 14.66 (dense 14.61) per LLaMA-2 token, which is
 """
 
 out_dir = "out/lpa_130m_s1"
-dataset = "wikitext103"  # python -m data.wikitext103.prepare: a BPE of 32,000 tokens
+dataset = "wikitext103"  # python -m data.wikitext103.prepare
 
 n_layer = 12
 n_head = 8

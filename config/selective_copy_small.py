@@ -2,8 +2,8 @@
 
 launch    python train.py config/selective_copy_small.py
 hardware  2 CPU cores
-time      see results/recurrent.md
-accuracy  see there
+time      not measured
+accuracy  not measured
 """
 
 from config.copy_small import *  # noqa: F403

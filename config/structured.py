@@ -17,7 +17,7 @@ Tokens: s 2.2B, m 6.7B, l 14.6B, xl 25.5B, about 20 a parameter.
 """
 
 out_dir = "out/structured"
-dataset = "webtext"  # python -m data.webtext.prepare --corpus=fineweb-edu --tokenizer=bpe:32000 --tokens=2.3e9
+dataset = "webtext"  # python -m data.webtext.prepare --corpus=fineweb_edu --tokenizer=bpe:32000 --tokens=2.3e9
 
 n_layer = 12
 n_head = 12

@@ -4,6 +4,7 @@ The prepare scripts are in test_prepare.py.
 """
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -49,6 +50,16 @@ def counted(folder: Path, *lengths: int) -> Corpus:
 
 
 # Opening
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process has open on Linux only")
+def test_no_shard_stays_open_or_mapped(tmp_path):
+    """A map that stayed open would make the process grow by every page it has read."""
+    corpus = counted(tmp_path, 3000, 3000)
+    for step in range(50):
+        batch(corpus, 32, 4, 1, step)
+    opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text() + "\n".join(opened)
 
 
 def test_windows_read_over_shards_and_around_the_end(tmp_path):

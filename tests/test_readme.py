@@ -1,4 +1,4 @@
-"""Every command of the README names what exists, parses, and, for the three of the demo, runs.
+"""Every command of README, docs and CONTRIBUTING names what exists, parses, and, for the three of the demo, runs.
 
     .venv/bin/pytest tests/test_readme.py        CPU, about 20 s
 """
@@ -18,7 +18,8 @@ import sample
 from config import TrainConfig, load_config, parse
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL)]
 COMMANDS = sorted({
     line.split("#")[0].split("|")[-1].strip()
     for block in BLOCKS
@@ -51,6 +52,20 @@ def test_the_command_exists_and_its_options_parse(command: str) -> None:
         parse(arguments, plain[script])
     else:
         load_config(arguments, {"train.py": TrainConfig, "bench.py": bench.BenchConfig}[script])
+
+
+def test_code_of_the_walkthrough_stands_in_the_model() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "walkthrough.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    code = (ROOT / "model.py").read_text().splitlines()
+    assert [line for block in blocks for line in block.splitlines() if line not in code] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(r"(?:config|docs|experiments|tests|results)/[\w/]+\.(?:py|md|ipynb|sh)", page.read_text())
+    not_yet = {"config/mine.py", "config/PRESET.py", "config/narrow_cpu.py", "results/lpa.md", "results/h200.md"}
+    assert [name for name in named if name not in not_yet and not (ROOT / name).exists()] == []
 
 
 def test_every_file_of_the_tree_exists_and_none_is_missing() -> None:

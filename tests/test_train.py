@@ -5,6 +5,8 @@
 
 import dataclasses
 import errno
+import gc
+import itertools
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -217,6 +220,55 @@ def test_sigterm_saves_and_exits_with_zero(corpus: Path, tmp_path: Path) -> None
     assert complaints == []
 
 
+def test_the_best_checkpoint_is_that_of_the_lowest_val_loss_and_the_last_is_the_last(
+    corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ["--max_steps=8", "--eval_interval=1", "--learning_rate=0.5", "--warmup_steps=8", "--save_interval=5"]
+    run_here(arguments(corpus, out, *options, "--stop_step=6"))
+    run_here(arguments(corpus, out, *options, "--resume"))  # must not take a worse loss for the best
+    val_losses = {line["step"]: line["val_loss"] for line in read_log(out) if "val_loss" in line}
+    best = min(val_losses, key=val_losses.get)
+    assert len(val_losses) == 8
+    assert 1 < best < 6, "the rate is to rise until the loss does"
+    pointers = [(out / "ckpt" / name).read_text() for name in ("best", "last")]
+    assert pointers == [f"step_{best}\n", "step_8\n"]
+    assert checkpoint.read_manifest(out / "ckpt" / f"step_{best}")["best_val_loss"] == val_losses[best]
+
+
+def test_a_resume_in_float16_goes_on_with_the_loss_scale(corpus: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--dtype=float16", "--max_steps=6"]
+    run_here(arguments(corpus, whole, *options))
+    run_here(arguments(corpus, parts, *options, "--stop_step=3"))
+    assert checkpoint.newest(parts)[1]["scaler"]["_growth_tracker"] == 3
+    run_here(arguments(corpus, parts, *options, "--resume"))
+    assert checkpoint.newest(parts)[1]["scaler"] == checkpoint.newest(whole)[1]["scaler"]
+    assert checkpoint.newest(parts)[1]["scaler"]["_growth_tracker"] == 6
+    assert losses(parts) == losses(whole)
+
+
+def test_a_resume_holds_no_second_copy_of_what_it_read(pieces: tuple, tmp_path: Path) -> None:
+    """After restoring there are the weights and moments, as before saving; what came from the file is gone."""
+    c, model, optimizers, scaler, guard, batches, world = pieces
+    train.train_step(model, batches, 1, optimizers, scaler, guard, c, world)
+    parts = dict(model=model.state_dict(), optimizer=checkpoint.optimizer_tensors(model, optimizers))
+    checkpoint.save(tmp_path, parts, dict(step=1, options={}), ByteTokenizer())
+
+    def held() -> int:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device == CPU]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    read = sum(tensor.numel() * tensor.element_size() for part in parts.values() for tensor in part.values())
+    again = GPT(c.gpt, seed=None)
+    restored = optim.make_optimizers(again, c)
+    before = held()
+    checkpoint.restore(checkpoint.newest(tmp_path)[0], again, restored)
+    moments = sum(t.numel() * t.element_size() for t in parts["optimizer"].values())
+    assert held() - before < moments + 0.2 * read
+
+
 def test_a_new_run_never_overwrites_an_earlier_one(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +340,25 @@ def test_compiled_and_eager_checkpoints_have_the_same_keys_and_losses(corpus: Pa
     run_here(arguments(corpus, compiled, "--max_steps=2", "--compile=block"))
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
     assert tensors(compiled, 2).keys() == tensors(eager, 2).keys()
+
+
+def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled(corpus: Path) -> None:
+    c = TrainConfig(gpt=GPTConfig(vocab_size=256, **small()), batch_size=4)
+    shapes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, val = GPT(c.gpt), data.open_corpus(str(corpus), "val")
+    for block in model.transformer.h:
+        block.compile(backend=backend)
+    losses = [train.evaluate(model, val, data.eval_windows(val, 32)[:n], c, World(0, 1, CPU)) for n in (8, 10)]
+    assert all(map(math.isfinite, losses))
+    seen = {shape[0] for found in shapes for shape in found if shape[1:] == (32, 32)}
+    assert seen == {4}
+    torch._dynamo.reset()
 
 
 # --- The step ----------------------------------------------------------------------------------------------------
@@ -425,6 +496,14 @@ def test_learning_rate_schedules() -> None:
     assert optim.learning_rate(10, wsd) == pytest.approx(0.2 + 0.8 * 4 / 7)
 
 
+def test_a_warm_up_as_long_as_the_run_or_longer_has_rates_all_the_same() -> None:
+    for warmup_steps, schedule in itertools.product((1, 8, 20), ("cosine", "wsd")):
+        c = TrainConfig(learning_rate=1.0, warmup_steps=warmup_steps, max_steps=8, schedule=schedule)
+        rates = [optim.learning_rate(step, c) for step in range(8)]
+        assert all(0 < rate <= 1 for rate in rates)
+        assert rates[0] == 1 / warmup_steps
+
+
 def test_evaluation_is_the_mean_over_the_split_whatever_the_batch(corpus: Path) -> None:
     c = TrainConfig(gpt=GPTConfig(vocab_size=256, **small(), dropout=0.3), batch_size=3)
     model, val = GPT(c.gpt), data.open_corpus(str(corpus), "val")
@@ -442,9 +521,15 @@ def test_evaluation_is_the_mean_over_the_split_whatever_the_batch(corpus: Path) 
     assert math.isnan(train.evaluate(model, val, windows, c, World(0, 1, CPU), watch))
 
 
-def test_the_log_tells_the_setting_and_each_step(corpus: Path, tmp_path: Path) -> None:
+def test_the_log_tells_the_setting_and_each_step(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
-    run_here(arguments(corpus, out, "--max_steps=4", "--log_interval=2", "--eval_interval=2"))
+    options = ["--max_steps=4", "--log_interval=2", "--eval_interval=2", "--tokens_per_step=256"]
+    run_here(arguments(corpus, out, *options))
+    told = capsys.readouterr().out
+    assert "a step: 256 tokens = 4 sequences x 32 tokens x 1 ranks x 2 micro-steps\n" in told
+    assert re.search(r"^AdamW +factors +16 tensors +4,096 parameters, decay 0\n", told, flags=re.MULTILINE)
     first, *lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"versions", "device", "options", "parameters"} <= first.keys()
     assert first["options"]["gpt"]["lowdim"]["q"] == 8
@@ -452,7 +537,10 @@ def test_the_log_tells_the_setting_and_each_step(corpus: Path, tmp_path: Path) -
     assert [line["step"] for line in steps] == [1, 2, 4]
     keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
     assert all(keys <= line.keys() for line in steps)
-    assert steps[-1]["tokens"] == 4 * 4 * 32
+    assert steps[-1]["tokens"] == 4 * 256
+    flops = 3 * GPT(GPTConfig(vocab_size=256, **small())).flops_per_token()
+    for line in steps:
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / first["matmul_flops"])
     evaluations = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in evaluations] == [2, 4]
     val = data.open_corpus(str(corpus), "val")

@@ -1,0 +1,28 @@
+"""docs/wishes.md: 25 wishes, each with tests that exist.
+
+    .venv/bin/pytest tests/test_wishes.py        CPU, below 1 s
+"""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+ROWS = [line for line in (ROOT / "docs" / "wishes.md").read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+
+
+def test_the_wishes_are_numbered_from_1_to_25() -> None:
+    assert [int(row.split("|")[1]) for row in ROWS] == list(range(1, 26))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())
+def test_the_named_tests_exist_and_run_in_make_test(row: str) -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", row.split("|")[-2])
+    assert named
+    for file, name in named:
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        assert len(found) == 1, f"{file} has {len(found)} tests {name}"
+        marks = [ast.unparse(mark) for mark in found[0].decorator_list]
+        assert "pytest.mark.slow" not in marks
