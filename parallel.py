@@ -124,10 +124,16 @@ class Watch:
     """
 
     def __init__(self, world: World, max_hours: float | None = None) -> None:
-        self.world, self.caught = world, catch_signals()
+        self.world = world
+        self.caught, self.before = catch_signals()
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
         self.agreed, self.parent = "", os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.restart()
+
+    def close(self) -> None:
+        """Signals mean again what they did: a notebook goes on after this."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def restart(self) -> None:
         """What comes next takes another time to each question."""
@@ -154,8 +160,8 @@ class Watch:
         return REASONS[int(votes[0].item())]
 
 
-def catch_signals() -> list[str]:
-    """A list to which SIGTERM and SIGINT add their names; a second Ctrl-C stops at once."""
+def catch_signals() -> tuple[list[str], dict[int, Any]]:
+    """A list to which SIGTERM and SIGINT add their names, and what they did before; a second Ctrl-C stops at once."""
     caught: list[str] = []
 
     def remember(number: int, _frame: Any) -> None:
@@ -163,9 +169,7 @@ def catch_signals() -> list[str]:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, remember)
-    signal.signal(signal.SIGINT, remember)
-    return caught
+    return caught, {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 # --- The model on all ranks --------------------------------------------------------------------------------------

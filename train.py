@@ -183,6 +183,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
         world.from_rank_0(lambda: note_stop(run, reason, step))
         log.say(f"{reason}: saved step {step} in {run}; the same command with --resume goes on from there")
     log.close(state["best_val_loss"])
+    watch.close()
 
 
 def plan_guide(c: TrainConfig) -> tuple[TrainConfig, int, int]:
