@@ -189,8 +189,10 @@ def test_a_second_interrupt_leaves_no_job() -> None:
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); time.sleep(60)"
     job = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
     job.stdout.readline()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
     threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
     lpa_runs.stop([job])
+    signal.signal(signal.SIGINT, before)
     assert job.returncode == -signal.SIGKILL
 
 
