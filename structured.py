@@ -175,15 +175,18 @@ class BlockProduct(torch.autograd.Function):
 
 
 def by_block(x: Tensor, weight: Tensor) -> bool:
-    return len(x) * weight.numel() >= 2**20 and suits_onednn(x, weight)
+    """Whether a product a block pays: a call of oneDNN costs about 20 microseconds."""
+    return len(x) * weight[0].numel() >= 2**23 and suits_onednn(x, weight)
 
 
 def batched(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
     """Write x (N, K, P) times weight (K, Q, P)^T into y (N, K, Q), and return it: one product of strided views."""
-    if torch.compiler.is_compiling():  # which does not take an `out` of these strides
-        return y.copy_(torch.bmm(x.transpose(0, 1), weight.mT).transpose(0, 1))
-    torch.bmm(x.transpose(0, 1), weight.mT, out=y.transpose(0, 1))
-    return y
+    if x.device.type == "cuda" and not torch.compiler.is_compiling():  # which takes no `out` of these strides
+        torch.bmm(x.transpose(0, 1), weight.mT, out=y.transpose(0, 1))
+        return y
+    if x.device.type == "cpu" and len(x) <= 2:  # where MKL reads the matrix on the left twice as fast
+        return y.copy_(torch.bmm(weight, x.permute(1, 2, 0)).permute(2, 0, 1))
+    return y.copy_(torch.bmm(x.transpose(0, 1), weight.mT).transpose(0, 1))
 
 
 # --- The guide ---------------------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ Ratios = dict[tuple[str, int, int], float]  # of the time of 'low rank 32 %' to 
 
 def speed(o: Options) -> list[str]:
     device, ratios = hardware.choose_device(), {}
+    if device.type == "cpu":
+        hardware.keep_freed_memory()  # as train.py does
     lines = ["Up and down with nothing between; forward and backward, or forward alone for 1 to 4 tokens."]
     lines += ["Milliseconds; in brackets how many times as fast as dense. einsum: blocks' products by torch.einsum.\n"]
     lines += [f"| C | tokens | | dense | {' | '.join(columns(o))} |", "|---" * (4 + len(columns(o))) + "|"]

@@ -75,6 +75,14 @@ def start(arguments: list[str], output: Path, env: dict[str, str] | None = None,
     return process
 
 
+def run_apart(arguments: list[str], output: Path, hook: str = "") -> str:
+    """train.py by `start` to its end, which must be a good one -> what it printed."""
+    process = start(arguments, output, hook=hook)
+    process.join(300)
+    assert process.exitcode == 0, output.read_text()
+    return output.read_text()
+
+
 def child(arguments: list[str], output: Path, env: dict[str, str], hook: str) -> None:
     os.chdir(ROOT)
     os.environ.update(env)

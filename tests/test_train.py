@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, read_log, run, run_here
+from conftest import ROOT, read_log, run, run_apart, run_here, run_ranks
 
 import checkpoint
 import data
@@ -59,28 +59,27 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # --- Resume ------------------------------------------------------------------------------------------------------
 
 STOCHASTIC = ["--dropout=0.2", "--tokens_per_step=256", "--warmup_steps=5", "--learning_rate=0.01"]
-# Without dropout's seed of each step, and without anything that could restore the generator in its place
-NO_SEED = "import sys, torch, train; torch.manual_seed(1); train.seed_dropout = lambda *_: None\n"
-NO_SEED += "train.main(train.load_config(sys.argv[1:]))"
+
+def drop_the_seed() -> None:
+    """Train without dropout's seed of each step, and without anything that could restore the generator in its place."""
+    torch.manual_seed(1)
+    train.seed_dropout = lambda *_: None
 
 
 def test_twenty_steps_equal_ten_and_a_resume_and_ten_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts, output = tmp_path / "whole", tmp_path / "parts", tmp_path / "out.txt"
     options = [*STOCHASTIC, "--max_steps=20"]
-    run(*arguments(corpus, whole, *options))
-    run(*arguments(corpus, parts, *options, "--stop_step=10"))
-    result = run(*arguments(corpus, parts, *options, "--resume"))
-    assert "going on from" in result.stdout
+    run_apart(arguments(corpus, whole, *options), output)
+    run_apart(arguments(corpus, parts, *options, "--stop_step=10"), output)
+    assert "going on from" in run_apart(arguments(corpus, parts, *options, "--resume"), output)
     assert losses(parts) == losses(whole)
     assert len(losses(whole)) == 20
     assert same(tensors(parts, 20), tensors(whole, 20))
 
     # The control: the same test fails where the state of the random numbers is dropped.
-    broken = tmp_path / "broken"
-    run("-c", NO_SEED, *arguments(corpus, broken, *options, "--stop_step=10")[1:])
-    run("-c", NO_SEED, *arguments(corpus, broken, *options, "--resume")[1:])
-    unbroken = tmp_path / "unbroken"
-    run("-c", NO_SEED, *arguments(corpus, unbroken, *options)[1:])
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    for out, more in ((broken, "--stop_step=10"), (broken, "--resume"), (unbroken, "--resume=never")):
+        run_apart(arguments(corpus, out, *options, more), output, hook="test_train.drop_the_seed")
     assert losses(broken)[:10] == losses(unbroken)[:10]
     assert losses(broken)[10:] != losses(unbroken)[10:]
     assert not same(tensors(broken, 20), tensors(unbroken, 20))
@@ -288,7 +287,7 @@ def test_two_ranks_train_as_one_does(corpus: Path, tmp_path: Path) -> None:
     """1 rank x 4 micro-steps against 2 gloo ranks x 2: the same samples in each step, the same losses and weights."""
     one, two = tmp_path / "one", tmp_path / "two"
     options = ["--tokens_per_step=512", "--max_steps=5"]
-    run(*arguments(corpus, one, *options))
+    run_here(arguments(corpus, one, *options))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = run(*torchrun, *arguments(corpus, two, *options))
     assert result.stdout.count("step 1/5") == 1  # rank 0 alone speaks
@@ -300,8 +299,8 @@ def test_two_ranks_train_as_one_does(corpus: Path, tmp_path: Path) -> None:
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
     # Adam's first moment after one step is 0.1 of the gradient: the plainest look at it from outside.
-    run(*arguments(corpus, one, *options, "--stop_step=1"))
-    run(*torchrun, *arguments(corpus, two, *options, "--stop_step=1"))
+    run_here(arguments(corpus, one, *options, "--stop_step=1"))
+    run_ranks(2, arguments(corpus, two, *options, "--stop_step=1"), tmp_path)
     ours, theirs = tensors(one, 1), tensors(two, 1)
     moments = [name for name in ours if name.endswith(".exp_avg")]
     assert len(moments) == len(list(GPT(GPTConfig(vocab_size=256, **small())).parameters()))
