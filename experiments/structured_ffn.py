@@ -78,7 +78,8 @@ def main(o: Options) -> None:
     head.append(f"Command: `python -m experiments.structured_ffn {shlex.join(sys.argv[1:])}`\n")
     text = "\n".join([*head, *lines]) + "\n"
     Path("results").mkdir(exist_ok=True)
-    Path(f"results/structured_ffn_{o.part}.md").write_text(text)
+    name = o.runs.name if o.part == "train" else o.part
+    Path(f"results/structured_ffn_{name}.md").write_text(text)
     print(text)
 
 

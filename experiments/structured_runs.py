@@ -51,6 +51,8 @@ class RunOptions:
     """scaling: of the dense model's blocks; the structured ones of the size see as many. Published: 20."""
     flags: str = ""
     """More arguments of train.py for every run, such as --flags="--dtype=bfloat16 --batch_size=64"."""
+    name: str = "train"
+    """train: of its results, structured_ffn_NAME, so that one more setting does not replace them."""
     dry_run: bool = False
     """Name the runs and their commands, and which are finished."""
 
@@ -186,7 +188,7 @@ def report_train(o: RunOptions, runs: dict[Planned, Run]) -> list[str]:
         flops = of_seeds[0].flops_per_token // 3
         lines.append(f"| {arm} | {flops:,} | {mean(perplexities(of_seeds))} | {spike:.3f} |")
     draw_train(o, arms)
-    return [*lines, "\nTraining loss of seed 1:\n", "![training loss](structured_ffn_train.png)"]
+    return [*lines, "\nTraining loss of seed 1:\n", f"![training loss](structured_ffn_{o.name}.png)"]
 
 
 def window(o: RunOptions) -> int:
@@ -220,7 +222,7 @@ def draw_train(o: RunOptions, arms: dict[str, list[Run]]) -> None:
         ax.set(xlabel="training steps", title=f"{share(part)} of the feed-forward", ylim=(bottom - 0.05, top + 0.05))
     axes[0].set_ylabel(f"training loss (nats per token)\nmean over {window(o)} steps around each point")
     plot.add_legend(figure, axes[0])
-    plot.save(figure, Path("results/structured_ffn_train"))
+    plot.save(figure, Path(f"results/structured_ffn_{o.name}"))
 
 
 # --- scaling: loss against training FLOPs --------------------------------------------------------------------------
