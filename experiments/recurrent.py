@@ -66,6 +66,8 @@ class Options:
         Literal["lengths", "copy_small", "selective_copy_small", "copy", "selective_copy", "shakespeare"]
     ]
     seeds: int = 1
+    only: str = ""
+    """Train only the models whose name holds this, such as --only=recurrent."""
     flags: str = ""
     """More arguments of train.py for every run, such as --flags="--task.noise=512 --block_size=544"."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -82,6 +84,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.seeds < 1 or not self.lengths or min(self.lengths) < 2 * self.window:
             raise ValueError("wanted a seed or more, and lengths of at least two windows")
+        if self.what != "lengths" and not any(self.only in name for name in ARMS[self.what]):
+            raise ValueError(f"only is {self.only!r}, wanted a part of one of: {'; '.join(ARMS[self.what])}")
 
 
 def main(o: Options) -> None:
@@ -101,17 +105,16 @@ def main(o: Options) -> None:
 
 def compare(o: Options) -> list[str]:
     """A row for each model: the last evaluation of its runs, the mean over seeds."""
-    lines = [
-        "| model | parameters | FLOPs a token, forward | steps | training s | val loss | tokens right | all right |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for name, arguments in ARMS[o.what].items():
+    lines = ["| model | parameters | FLOPs a token, forward | kept for backward, bytes a token | steps | training s |"]
+    lines[-1] += " val loss | tokens right | all right |"
+    lines.append("|---" * 9 + "|")
+    for name, arguments in ((name, arguments) for name, arguments in ARMS[o.what].items() if o.only in name):
         runs = [trained(o, name, arguments, seed) for seed in range(1, o.seeds + 1)]
         c = load_config([*arguments, *shlex.split(o.flags)])
-        with torch.device("meta"):
-            model = new_model(c.model, c.gpt, c.recurrent, None)
+        model = new_model(c.model, c.gpt, c.recurrent, c.seed)
+        kept = kept_for_backward(model, c.gpt.block_size)
         shares = [shown(runs, share) for share in ("token_accuracy", "sequence_accuracy")]
-        cells = [name, f"{model.n_params():,}", f"{model.flops_per_token():,}", f"{runs[0]['step']}"]
+        cells = [name, f"{model.n_params():,}", f"{model.flops_per_token():,}", f"{kept:,.0f}", f"{runs[0]['step']}"]
         cells += [f"{statistics.mean(run['seconds'] for run in runs):.0f}", shown(runs, "val_loss"), *shares]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, f"\nSeeds: {o.seeds}; of several the mean, and in brackets each."]
@@ -202,16 +205,22 @@ def cost(model: GPT, T: int, o: Options, device: torch.device) -> Cost:
         model(idx, idx).backward()
         model.zero_grad(set_to_none=True)
 
-    seconds = hardware.fastest(step, device, o.seconds)
-    with LiveStorages() as storages:
-        loss = model(idx, idx)
-    kept = storages.bytes()
-    del loss
+    seconds, kept = hardware.fastest(step, device, o.seconds), kept_for_backward(model, T)
     model.eval()
     following, carried = text_of(model, T, o.window)
     each = hardware.fastest(following, device, o.seconds) / o.window
     model.train()
-    return Cost(1e6 * seconds / T, kept / T, 1e6 * each, carried)
+    return Cost(1e6 * seconds / T, kept, 1e6 * each, carried)
+
+
+def kept_for_backward(model: GPT, T: int) -> float:
+    """Bytes a token that a forward pass over one sequence of T tokens leaves alive."""
+    idx = torch.zeros(1, T, dtype=torch.long, device=model.lm_head.weight.device)
+    with LiveStorages() as storages:
+        loss = model(idx, idx)
+    kept = storages.bytes()
+    del loss
+    return kept / T
 
 
 @torch.inference_mode()
