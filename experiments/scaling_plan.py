@@ -61,7 +61,8 @@ def train(g: Grid) -> list[Path]:
     """Train what is missing of the plan -> the folder of each family. Raises UserError when stopped."""
     sizes = [(preset, shaped(g, preset, width)) for preset in g.presets for width in g.widths]
     lengths = planned_lengths(g, sizes)
-    runs = [make_run(g, preset, settings, steps) for preset, settings in sizes for steps in lengths]
+    # The shortest of all sizes first: a plan that is cut short leaves a smaller grid, not a size without runs.
+    runs = [make_run(g, preset, settings, steps) for steps in lengths for preset, settings in sizes]
     for run in runs:
         N, in_blocks, _ = lpa_runs.count(run.config.gpt)
         print(f"{run}: {N:,} parameters, {in_blocks:,} in the blocks, {lpa_runs.tokens_of(run.config):,} tokens")
