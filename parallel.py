@@ -76,16 +76,26 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
     chosen = hardware.choose_device(device)
     if size == 1:
         return World(rank, size, chosen)
+    try:
+        return World(rank, size, chosen, meet(rank, size, chosen, timeout))
+    except (RuntimeError, ValueError) as error:  # no store, no other ranks; a variable that torchrun would have set
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = str(error).splitlines()[0]
+        raise UserError(f"rank {rank} did not find {size} ranks at {place} within {timeout:g} s: {why}") from None
+
+
+def meet(rank: int, size: int, device: torch.device, timeout: float) -> dist.Store:
+    """Wait for the other ranks -> what all of them can read and write."""
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
     if rank == 0:
         for other in range(size):  # torchrun keeps the store from one start to the next
             store.delete_key(f"waited/{other}")
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    if chosen.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen, **options)
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
-    return World(rank, size, chosen, store)
+    return store
 
 
 @contextlib.contextmanager
@@ -98,16 +108,26 @@ def roll_call(world: World, timeout: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's and NCCL's are of this class
-        if world.store is None or not any(word in str(error).lower() for word in ("timed out", "timeout", "gloo")):
+        timed_out = any(words in str(error).lower() for words in ("timed out", "timeout"))
+        if world.store is None or not (timed_out or "gloo" in str(error).lower()):
             raise
-        world.store.set(f"waited/{world.rank}", socket.gethostname())
-        time.sleep(ROLL_CALL_SECONDS)
-        missing = [rank for rank in range(world.size) if not world.store.check([f"waited/{rank}"])]
-        if world.rank == min(set(range(world.size)) - set(missing)):
-            first = str(error).splitlines()[0]
+        waited = f" within {timeout:g} s" if timed_out else ""
+        try:
+            missing = absent(world)
             who = f"rank {', '.join(map(str, missing))} did not answer" if missing else "the connection broke"
-            print(f"error: {who} within {timeout:g} s ({first})", file=sys.stderr, flush=True)
+            speaker = min(set(range(world.size)) - set(missing))
+        except dist.DistError:  # the store ended with the process that held it
+            who, speaker = "rank 0, or the torchrun that keeps the list of ranks, is gone", world.rank
+        if world.rank == speaker:
+            print(f"error: {who}{waited} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
         os._exit(1)  # the usual way out would wait for the others again
+
+
+def absent(world: World) -> list[int]:
+    """The ranks that do not leave word, as this one does, that they waited in vain; DistError if the store is gone."""
+    world.store.set(f"waited/{world.rank}", socket.gethostname())
+    time.sleep(ROLL_CALL_SECONDS)
+    return [rank for rank in range(world.size) if not world.store.check([f"waited/{rank}"])]
 
 
 # --- When to stop ------------------------------------------------------------------------------------------------
