@@ -6,11 +6,13 @@
 """
 
 import contextlib
+import hashlib
 import os
 import signal
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,15 +89,31 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
 def meet(rank: int, size: int, device: torch.device, timeout: float) -> dist.Store:
     """Wait for the other ranks -> what all of them can read and write."""
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
-    if rank == 0:
-        for other in range(size):  # torchrun keeps the store from one start to the next
-            store.delete_key(f"waited/{other}")
+    store = dist.PrefixStore(name_start(store, rank, size, timeout), store)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     if device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
     return store
+
+
+def name_start(store: dist.Store, rank: int, size: int, timeout: float) -> str:
+    """A name for this start of the run, the same on all ranks and not that of any other start.
+
+    torchrun keeps one store over all restarts, and a rank that comes first would read there the address of a rank that
+    was killed. So each leaves a new mark, and the marks together are the name, when all ranks have seen the same ones.
+    """
+    marks, deadline = [f"mark/{other}" for other in range(size)], time.monotonic() + timeout
+    store.set(marks[rank], uuid.uuid4().hex)
+    while time.monotonic() < deadline:
+        name = hashlib.sha256(b"".join(store.multi_get(marks))).hexdigest()
+        seen = [f"{name}/{other}" for other in range(size)]
+        store.set(seen[rank], "")
+        if store.check(seen):
+            return name
+        time.sleep(0.05)
+    raise RuntimeError("not all of them came")
 
 
 @contextlib.contextmanager

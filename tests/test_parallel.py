@@ -8,10 +8,12 @@ import itertools
 import os
 import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import read_log, run_ranks
 from test_train import arguments, losses, same, tensors
 
@@ -165,6 +167,24 @@ def test_a_foreign_index_is_not_unpickled(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.metadata is no index of a sharded checkpoint: it asks for "):
         checkpoint.load_tensors(folder, "model")
     assert not (tmp_path / "was here").exists()
+
+
+def test_a_start_does_not_read_what_an_earlier_one_left_in_the_store() -> None:
+    """Ranks that come one after the other, as after a restart under torchrun, which keeps its store."""
+    store = dist.HashStore()
+    names = []
+    for order in ((0, 1, 2), (2, 0, 1), (1, 0)):  # and once on two ranks
+        with ThreadPoolExecutor(3) as ranks:
+            coming = []
+            for rank in order:
+                coming.append(ranks.submit(parallel.name_start, store, rank, len(order), 30.0))
+                time.sleep(0.12)
+            agreed = {rank.result() for rank in coming}
+        assert len(agreed) == 1
+        names += agreed
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match="not all of them came"):
+        parallel.name_start(store, 0, 2, 0.3)
 
 
 def test_a_rank_that_hangs_is_named(corpus: Path, tmp_path: Path) -> None:
