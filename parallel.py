@@ -73,7 +73,10 @@ class World:
 
 
 def join_world(device: str, timeout: float = 1800.0) -> World:
-    """torchrun says who we are; without it we are alone. timeout: seconds that a rank waits for the others."""
+    """torchrun says who we are; without it we are alone. timeout: seconds that a rank waits for the others.
+
+    Raises UserError where they do not come.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = hardware.choose_device(device)
     if size == 1:

@@ -215,10 +215,10 @@ def test_all_ranks_stop_without_a_save_when_torchrun_is_gone(corpus: Path, tmp_p
 def test_no_rank_0_to_meet_is_told_in_a_line(corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.txt"
     place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", WORLD_SIZE="2", RANK="1")  # where nobody listens
-    process = start(arguments(corpus, tmp_path / "run", "--hang_timeout=1"), output, place)
+    process = start(arguments(corpus, tmp_path / "run", "--hang_timeout=0.3"), output, place)
     process.join()
     assert process.exitcode == 2, output.read_text()
-    assert "error: rank 1 did not find 2 ranks at 127.0.0.1:1 within 1 s" in output.read_text()
+    assert "error: rank 1 did not find 2 ranks at 127.0.0.1:1 within 0.3 s" in output.read_text()
     assert "Traceback" not in output.read_text()
 
 
