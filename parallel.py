@@ -6,11 +6,13 @@
 """
 
 import contextlib
+import hashlib
 import os
 import signal
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -71,21 +73,50 @@ class World:
 
 
 def join_world(device: str, timeout: float = 1800.0) -> World:
-    """torchrun says who we are; without it we are alone. timeout: seconds that a rank waits for the others."""
+    """torchrun says who we are; without it we are alone. timeout: seconds that a rank waits for the others.
+
+    Raises UserError where they do not come.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = hardware.choose_device(device)
     if size == 1:
         return World(rank, size, chosen)
+    try:
+        return World(rank, size, chosen, meet(rank, size, chosen, timeout))
+    except (RuntimeError, ValueError) as error:  # no store, no other ranks; a variable that torchrun would have set
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = str(error).splitlines()[0]
+        raise UserError(f"rank {rank} did not find {size} ranks at {place} within {timeout:g} s: {why}") from None
+
+
+def meet(rank: int, size: int, device: torch.device, timeout: float) -> dist.Store:
+    """Wait for the other ranks -> what all of them can read and write."""
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
-    if rank == 0:
-        for other in range(size):  # torchrun keeps the store from one start to the next
-            store.delete_key(f"waited/{other}")
+    store = dist.PrefixStore(name_start(store, rank, size, timeout), store)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    if chosen.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen, **options)
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
-    return World(rank, size, chosen, store)
+    return store
+
+
+def name_start(store: dist.Store, rank: int, size: int, timeout: float) -> str:
+    """A name for this start of the run, the same on all ranks and not that of any other start.
+
+    torchrun keeps one store over all restarts, and a rank that comes first would read there the address of a rank that
+    was killed. So each leaves a new mark, and the marks together are the name, when all ranks have seen the same ones.
+    """
+    marks, deadline = [f"mark/{other}" for other in range(size)], time.monotonic() + timeout
+    store.set(marks[rank], uuid.uuid4().hex)
+    while time.monotonic() < deadline:
+        name = hashlib.sha256(b"".join(store.multi_get(marks))).hexdigest()
+        seen = [f"{name}/{other}" for other in range(size)]
+        store.set(seen[rank], "")
+        if store.check(seen):
+            return name
+        time.sleep(0.05)
+    raise RuntimeError("not all of them came")
 
 
 @contextlib.contextmanager
@@ -98,16 +129,26 @@ def roll_call(world: World, timeout: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's and NCCL's are of this class
-        if world.store is None or not any(word in str(error).lower() for word in ("timed out", "timeout", "gloo")):
+        timed_out = any(words in str(error).lower() for words in ("timed out", "timeout"))
+        if world.store is None or not (timed_out or "gloo" in str(error).lower()):
             raise
-        world.store.set(f"waited/{world.rank}", socket.gethostname())
-        time.sleep(ROLL_CALL_SECONDS)
-        missing = [rank for rank in range(world.size) if not world.store.check([f"waited/{rank}"])]
-        if world.rank == min(set(range(world.size)) - set(missing)):
-            first = str(error).splitlines()[0]
+        waited = f" within {timeout:g} s" if timed_out else ""
+        try:
+            missing = absent(world)
             who = f"rank {', '.join(map(str, missing))} did not answer" if missing else "the connection broke"
-            print(f"error: {who} within {timeout:g} s ({first})", file=sys.stderr, flush=True)
+            speaker = min(set(range(world.size)) - set(missing))
+        except dist.DistError:  # the store ended with the process that held it
+            who, speaker = "rank 0, or the torchrun that keeps the list of ranks, is gone", world.rank
+        if world.rank == speaker:
+            print(f"error: {who}{waited} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
         os._exit(1)  # the usual way out would wait for the others again
+
+
+def absent(world: World) -> list[int]:
+    """The ranks that do not leave word, as this one does, that they waited in vain; DistError if the store is gone."""
+    world.store.set(f"waited/{world.rank}", socket.gethostname())
+    time.sleep(ROLL_CALL_SECONDS)
+    return [rank for rank in range(world.size) if not world.store.check([f"waited/{rank}"])]
 
 
 # --- When to stop ------------------------------------------------------------------------------------------------

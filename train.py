@@ -31,6 +31,7 @@ import checkpoint
 import data
 import decode
 import hardware
+import init_from
 import optim
 import parallel
 import recurrent
@@ -109,7 +110,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
         log.say(f"self-guided: {guided_steps:,} steps; {c.max_steps:,} in all, {new_steps:,} of them over new batches")
     log.say(f"going on from {folder}" if folder else f"writing to {run}")
     if folder is None and c.init_from is not None:
-        log.say(f"weights of {c.init_from}; {checkpoint.energy_table(energy)}")
+        log.say(f"weights of {c.init_from}; {init_from.energy_table(energy)}")
         log.write(dict(step=0, energy_kept=energy))
 
     saver = checkpoint.Saver(run, tokenizer, world, c.shard and world.size > 1, c.hang_timeout)
@@ -212,7 +213,7 @@ def build(
         model = new_model(c.model, c.gpt, c.recurrent, c.seed if folder is None else None)
     model.to(world.device)
     if folder is None and c.init_from is not None:
-        energy = checkpoint.start_from(Path(c.init_from), model, tokenizer)
+        energy = init_from.start_from(Path(c.init_from), model, tokenizer)
     if guided:
         structured.add_guides(model)
     spread = parallel.spread(model, c, world)

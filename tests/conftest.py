@@ -126,19 +126,29 @@ def child(arguments: list[str], output: Path, env: dict[str, str], hook: str) ->
         train.main(load_config(arguments))
 
 
-def run_ranks(size: int, arguments: list[str], folder: Path, hook: str = "", expect: int = 0) -> str:
-    """train.py on so many ranks, as torchrun would start them -> what they printed; `expect` is their exit code."""
+def run_ranks(
+    size: int, arguments: list[str], folder: Path, hook: str = "", expect: int = 0, env: dict[str, str] | None = None
+) -> str:
+    """As start_ranks -> what they printed; `expect` is the exit code of each."""
+    codes, printed = start_ranks(size, arguments, folder, hook, env)
+    assert codes == [expect] * size, printed
+    return printed
+
+
+def start_ranks(
+    size: int, arguments: list[str], folder: Path, hook: str = "", env: dict[str, str] | None = None
+) -> tuple[list[int | None], str]:
+    """train.py on so many ranks, as torchrun would start them -> their exit codes, and what they printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(size))
     outputs = [folder / f"rank_{rank}.txt" for rank in range(size)]
     ranks = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
-    processes = [start(arguments, output, place | rank, hook) for output, rank in zip(outputs, ranks)]
+    processes = [start(arguments, output, (env or {}) | place | rank, hook) for output, rank in zip(outputs, ranks)]
     for process in processes:
         process.join(300)
     printed = "".join(f"rank {rank}:\n{output.read_text()}" for rank, output in enumerate(outputs))
-    assert [process.exitcode for process in processes] == [expect] * size, printed
-    return printed
+    return [process.exitcode for process in processes], printed
 
 
 def read_log(run_folder: Path) -> list[dict]:

@@ -3,17 +3,23 @@
     .venv/bin/pytest tests/test_cuda.py        one CUDA GPU, about a minute
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_log, run_here
+from conftest import read_log, run, run_here
+from test_train import losses, same, tensors
+from torch.profiler import ProfilerActivity, profile
 
 import decode
 import hardware
 import optim
 import planning
+from config import TrainConfig
 from model import GPT, GPTConfig, LowDim
+from parallel import Watch, World
+from train import Guard, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -95,6 +101,61 @@ def test_training_learns_and_resumes(corpus: Path, tmp_path: Path, mode: str, op
     a, b = ([line["loss"] for line in read_log(out) if "loss" in line] for out in (whole, parts))
     assert a == pytest.approx(b, rel=2e-3)
     assert a[-1] < a[0] - 0.3
+
+
+def test_deterministic_gives_the_same_bits_twice(corpus: Path, tmp_path: Path) -> None:
+    """In processes of their own, for cuBLAS reads its setting when it starts."""
+    options = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--block_size=64", "--lowdim.k=16", "--lowdim.v=16"]
+    options += [f"--dataset={corpus}", "--dtype=bfloat16", "--dropout=0.1", "--max_steps=20", "--deterministic"]
+    for name in ("one", "two"):
+        run("train.py", *options, "--log_interval=1", "--eval_tokens=640", f"--out_dir={tmp_path / name}")
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert same(tensors(tmp_path / "one", 20), tensors(tmp_path / "two", 20))
+
+
+def test_the_guards_of_a_step_add_no_synchronisation() -> None:
+    """The judgement of loss and gradient, spikes among them, and the question whether to stop; against a plain loop."""
+    c = TrainConfig(gpt=GPTConfig(**SIZES), dtype="bfloat16", skip_spikes=6.0, compile="off")
+    world = World(0, 1, torch.device("cuda", torch.cuda.current_device()))
+    x, y = torch.randint(256, (2, 4, 64), generator=torch.Generator().manual_seed(1)).cuda()
+    model = GPT(c.gpt).cuda()
+    optimizers = optim.make_optimizers(model, c)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    guard, watch = Guard(world.device, c.skip_spikes), Watch(world, max_hours=1.0)
+
+    def plain() -> None:
+        with hardware.autocast(world.device, c.dtype):
+            loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        for optimizer in optimizers:
+            optimizer.found_inf = None
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def guarded() -> None:
+        assert not watch.stop()
+        train_step(model, iter([(x, y)]), 1, optimizers, scaler, guard, c, world)
+
+    try:
+        plain(), guarded()  # whatever comes with the first time
+        assert waits(guarded) == waits(plain)
+        assert waits(lambda: (guarded(), guard.skipped.item())) >= waits(plain) + 10  # so it does count them
+        torch.cuda.set_sync_debug_mode("error")
+        guarded()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        watch.close()
+    assert guard.skipped.item() == 0
+
+
+def waits(step: Callable[[], object]) -> int:
+    """How often the host waits for the device in 10 steps, by the profiler's record of the calls of CUDA."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        for _ in range(10):
+            step()
+    called = [event.name() for event in record.profiler.kineto_results.events()]
+    return sum(name in ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize") for name in called)
 
 
 def test_counted_activations_are_those_that_the_allocator_holds() -> None:

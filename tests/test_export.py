@@ -18,6 +18,7 @@ import checkpoint
 import data
 import decode
 import export
+import init_from
 from config import UserError, load_config
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from model import GPT, GPTConfig, LowDim
@@ -212,7 +213,7 @@ def test_training_begins_with_their_weights(corpus: Path, tmp_path: Path, capsys
     assert "has no tokenizer.json" in capsys.readouterr().out
 
 
-def complaint(*arguments: object, of: object = checkpoint.start_from) -> str:
+def complaint(*arguments: object, of: object = init_from.start_from) -> str:
     with pytest.raises(UserError) as error:
         of(*arguments)
     assert "\n" not in str(error.value)
@@ -228,7 +229,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         assert difference in said
     assert "n_layer" not in said
     fits = GPT(replace(LLAMA, vocab_size=256, block_size=100, lowdim=LowDim(q=4)))
-    assert set(checkpoint.start_from(folder, fits, spec)) == {f"transformer.h.{i}.attn.q" for i in range(2)}
+    assert set(init_from.start_from(folder, fits, spec)) == {f"transformer.h.{i}.attn.q" for i in range(2)}
     characters = CharTokenizer(map(chr, range(256))).save(tmp_path)
     assert "its tokenizer is not that of the corpus" in complaint(folder, fits, characters)
     assert "bias: the checkpoint has True, this run False" in complaint(

@@ -13,6 +13,7 @@ from conftest import read_log, run_here
 import checkpoint
 import data
 import factors
+import init_from
 from config import TrainConfig, UserError, load_config
 from model import GPT, GPTConfig, LowDim
 
@@ -37,7 +38,7 @@ def started(source: Path, **options: object) -> tuple[GPT, dict[str, float]]:
     """A model that differs from the source's in these options, and the energy it kept."""
     theirs, _, manifest = checkpoint.load_model(source, CPU)
     model = GPT(GPTConfig(**{**vars(theirs.config), **options})).eval()
-    return model, checkpoint.start_from(source, model, manifest["tokenizer"])
+    return model, init_from.start_from(source, model, manifest["tokenizer"])
 
 
 def test_full_rank_gives_the_same_logits(dense: Path) -> None:
@@ -120,9 +121,9 @@ def test_what_does_not_fit_is_refused_in_one_line(dense: Path, tmp_path: Path) -
         assert "\n" not in str(error.value)
     model = GPT(checkpoint.load_model(dense, CPU)[0].config)
     with pytest.raises(UserError, match="its tokenizer is not that of the corpus"):
-        checkpoint.start_from(dense, model, {"kind": "char"})
+        init_from.start_from(dense, model, {"kind": "char"})
     with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoint.start_from(tmp_path, model, {})
+        init_from.start_from(tmp_path, model, {})
     with pytest.raises(UserError, match="wanted another folder than out_dir"):
         load_config(["--init_from=out/a", "--out_dir=out/../out/a"], TrainConfig)
 

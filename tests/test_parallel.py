@@ -3,20 +3,27 @@
     .venv/bin/pytest tests/test_parallel.py        CPU, gloo
 """
 
+import copy
+import itertools
 import os
 import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import read_log, run_ranks
 from test_train import arguments, losses, same, tensors
 
 import checkpoint
+import data
+import optim
 import parallel
 import train
-from config import UserError
+from config import TrainConfig, UserError, load_config
+from model import GPT
 
 STEP = ["--tokens_per_step=512", "--warmup_steps=5", "--learning_rate=0.003"]
 
@@ -105,11 +112,46 @@ def test_the_guide_goes_from_shards_as_from_one_process(corpus: Path, tmp_path: 
 
 
 def test_shards_compute_in_bfloat16_and_are_kept_in_float32(corpus: Path, tmp_path: Path) -> None:
-    options = [*STEP, "--max_steps=5", "--dtype=bfloat16"]
-    run_ranks(1, arguments(corpus, tmp_path / "one", *options), tmp_path)
-    run_ranks(2, arguments(corpus, tmp_path / "two", *options, "--shard"), tmp_path)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
-    assert {tensor.dtype for tensor in tensors(tmp_path / "two", 5).values()} == {torch.float32}
+    """5 steps of 2 micro-steps on 2 ranks against a plain loop; the same in float32 is another run."""
+    command = arguments(corpus, tmp_path / "run", *STEP, "--max_steps=5", "--dtype=bfloat16", "--shard")
+    run_ranks(2, command, tmp_path)
+    expected, weights = in_one_process(load_config(command[1:]), torch.bfloat16)
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-5)
+    in_float32, _ = in_one_process(load_config(command[1:]), torch.float32)
+    assert losses(tmp_path / "run") != pytest.approx(in_float32, rel=1e-4)
+    saved = tensors(tmp_path / "run", 5)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    for name, weight in weights.items():
+        torch.testing.assert_close(saved[f"model.{name}"], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def in_one_process(c: TrainConfig, dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses and the weights of what 2 ranks with 2 micro-steps are to do, without FSDP or autocast of weights.
+
+    Each pass reads the weights rounded to dtype; its gradients are added, averaged and applied in float32.
+    """
+    corpus = data.open_corpus(c.dataset, "train")
+    c = train.with_vocabulary(c, corpus)
+    model, found = GPT(c.gpt, c.seed), []
+    optimizers = optim.make_optimizers(model, c)
+    for step in range(c.max_steps):
+        optim.set_learning_rate(optimizers, step, c)
+        passes, total = [], 0.0
+        for rank, micro_step in itertools.product(range(2), range(2)):
+            rounded = copy.deepcopy(model).to(dtype)
+            batch = data.batch(corpus, c.gpt.block_size, c.batch_size, c.seed, step, micro_step, 2, rank, 2)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = rounded(*batch) / 2
+            loss.backward()
+            total += loss.item() / 2
+            passes.append([p.grad.float() for p in rounded.parameters()])
+        for p, *grads in zip(model.parameters(), *passes):
+            p.grad = sum(grads) / 2
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        found.append(total)
+    return found, model.state_dict()
 
 
 def test_a_foreign_index_is_not_unpickled(corpus: Path, tmp_path: Path) -> None:
@@ -125,6 +167,24 @@ def test_a_foreign_index_is_not_unpickled(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.metadata is no index of a sharded checkpoint: it asks for "):
         checkpoint.load_tensors(folder, "model")
     assert not (tmp_path / "was here").exists()
+
+
+def test_a_start_does_not_read_what_an_earlier_one_left_in_the_store() -> None:
+    """Ranks that come one after the other, as after a restart under torchrun, which keeps its store."""
+    store = dist.HashStore()
+    names = []
+    for order in ((0, 1, 2), (2, 0, 1), (1, 0)):  # and once on two ranks
+        with ThreadPoolExecutor(3) as ranks:
+            coming = []
+            for rank in order:
+                coming.append(ranks.submit(parallel.name_start, store, rank, len(order), 30.0))
+                time.sleep(0.12)
+            agreed = {rank.result() for rank in coming}
+        assert len(agreed) == 1
+        names += agreed
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match="not all of them came"):
+        parallel.name_start(store, 0, 2, 0.3)
 
 
 def test_a_rank_that_hangs_is_named(corpus: Path, tmp_path: Path) -> None:

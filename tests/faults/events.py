@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 import checkpoint
 import data
 import log
+import parallel
 import train
 
 AUDITED = {"os.rename": "rename", "os.remove": "prune", "os.rmdir": "prune", "os.mkdir": "mkdir"}
@@ -26,9 +27,13 @@ def kill_at() -> None:
     """SIGKILL at the FAULT_AT-th event of FAULT_KIND by which this process touches the disk; FAULT_LOG lists them all.
 
     save: before a file of tensors is written. write: after it, when half of it is gone again, as after a power cut.
-    fsync, rename, mkdir, prune: before the call.
+    fsync, rename, mkdir, prune: before the call. Of several ranks only FAULT_RANK is killed; the others then wait less
+    than usual for one that will not answer.
     """
     kind, at = os.environ.get("FAULT_KIND", ""), int(os.environ.get("FAULT_AT", 0))
+    parallel.ROLL_CALL_SECONDS = 0.5
+    if os.environ.get("FAULT_RANK", "0") != os.environ.get("RANK", "0"):
+        return
     counts: collections.Counter[str] = collections.Counter()
     lock = threading.RLock()
     events = os.open(os.environ["FAULT_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -42,18 +47,26 @@ def kill_at() -> None:
                     os.truncate(file, file.stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    save, fsync = torch.save, os.fsync
+    save, fsync, write_data = torch.save, os.fsync, dcp.FileSystemWriter.write_data
 
-    def noted_save(value: Any, file: Path) -> None:
+    def noted_save(value: Any, file: Any) -> None:
+        if not isinstance(file, Path):  # a tensor of a shard
+            return save(value, file)
         event("save")
         save(value, file)
         event("write", file)
+
+    def noted_write_data(self: Any, *arguments: Any) -> Any:
+        event("save")
+        written = write_data(self, *arguments)
+        event("write", next(self.path.glob(f"__{os.environ['RANK']}_*.distcp")))
+        return written
 
     def noted_fsync(descriptor: int) -> None:
         event("fsync")
         fsync(descriptor)
 
-    torch.save, os.fsync = noted_save, noted_fsync
+    torch.save, os.fsync, dcp.FileSystemWriter.write_data = noted_save, noted_fsync, noted_write_data
     sys.addaudithook(lambda name, _: event(AUDITED[name]) if name in AUDITED else None)
 
 
@@ -102,6 +115,19 @@ def signal_rank_1() -> None:
         original(seed, step, rank)
         if rank == 1 and step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    train.seed_dropout = seed_dropout
+
+
+def torchrun_dies_after_step_4() -> None:
+    """Rank 1 then has another parent, as a worker has whose torchrun was killed."""
+    original = train.seed_dropout
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+
+    def seed_dropout(seed: int, step: int, rank: int) -> None:
+        original(seed, step, rank)
+        if rank == 1 and step == 4:
+            os.getppid = lambda: 1
 
     train.seed_dropout = seed_dropout
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -26,6 +27,9 @@ from train import Guard
 SIX = ["--max_steps=6", "--save_interval=2"]
 
 
+SHARDED = [*SIX, "--tokens_per_step=256", "--shard"]
+
+
 @pytest.fixture(scope="module")
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
@@ -33,22 +37,43 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def finished_shards(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished_shards")
+    run_ranks(2, arguments(corpus, folder / "run", *SHARDED), folder)
+    return folder / "run"
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """model.pt and optimizer.pt, or the shards of each rank."""
+    return sorted([*folder.glob("*.pt"), *folder.glob("*.distcp")])
+
+
 def cut(folder: Path) -> None:
-    os.truncate(folder / "optimizer.pt", 1000)
+    os.truncate(tensor_files(folder)[-1], 1000)
 
 
 def flip(folder: Path) -> None:
-    contents = bytearray((folder / "model.pt").read_bytes())
+    file = tensor_files(folder)[0]
+    contents = bytearray(file.read_bytes())
     contents[len(contents) // 3] ^= 4
-    (folder / "model.pt").write_bytes(contents)
+    file.write_bytes(contents)
 
 
 def empty(folder: Path) -> None:
-    os.truncate(folder / "model.pt", 0)
+    os.truncate(tensor_files(folder)[0], 0)
 
 
 def without_file(folder: Path) -> None:
-    (folder / "optimizer.pt").unlink()
+    tensor_files(folder)[-1].unlink()
+
+
+def without_index(folder: Path) -> None:
+    (folder / ".metadata").unlink()
+
+
+def cut_index(folder: Path) -> None:
+    os.truncate(folder / ".metadata", 100)
 
 
 def without_manifest(folder: Path) -> None:
@@ -63,7 +88,11 @@ def never_renamed(folder: Path) -> None:
     folder.rename(folder.with_suffix(".tmp"))
 
 
-@pytest.mark.parametrize("damage", [cut, flip, empty, without_file, without_manifest, torn_manifest, never_renamed])
+DAMAGES = [cut, flip, empty, without_file, without_manifest, torn_manifest, never_renamed]
+OF_SHARDS = [*DAMAGES, without_index, cut_index]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named_and_passed_over(
     damage: Callable, corpus: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,13 +100,45 @@ def test_damage_is_named_and_passed_over(
     shutil.copytree(finished, out)
     damage(out / "ckpt" / "step_6")
     run_here(arguments(corpus, out, *SIX, "--resume=auto"))
-    printed = capsys.readouterr().out
+    assert_passed_over(damage, capsys.readouterr().out, out, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", OF_SHARDS)
+def test_damage_of_shards_is_named_and_passed_over(
+    damage: Callable, corpus: Path, tmp_path: Path, finished_shards: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished_shards, out)
+    damage(out / "ckpt" / "step_6")
+    printed = run_ranks(2, arguments(corpus, out, *SHARDED, "--resume=auto"), tmp_path)
+    assert_passed_over(damage, printed, out, finished_shards)
+
+
+def assert_passed_over(damage: Callable, printed: str, out: Path, whole: Path) -> None:
+    """The run went on from step 4, said why, and ended with the bits of the undisturbed one."""
     assert "going on from" in printed
     assert "step_4" in printed.split("going on from")[1].splitlines()[0]
     assert ("passed over" in printed) == (damage is not never_renamed)  # that is no checkpoint, but a leftover
-    assert losses(out) == losses(finished)
-    assert same(tensors(out, 6), tensors(finished, 6))
+    assert losses(out) == losses(whole)
+    assert same(tensors(out, 6), tensors(whole, 6))
     assert not list(out.glob("ckpt/*.tmp"))
+
+
+@pytest.mark.parametrize("damage", OF_SHARDS)
+def test_damage_of_shards_is_detected_and_what_is_damaged_named(
+    damage: Callable, tmp_path: Path, finished_shards: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished_shards, out)
+    newest = out / "ckpt" / "step_6"
+    before = {file: file.read_bytes() for file in newest.iterdir()}
+    damage(newest)
+    (damaged,) = [file for file in before if not file.exists() or file.read_bytes() != before[file]][:1]
+    folder, manifest, complaints = checkpoint.newest(out)
+    assert (folder.name, manifest["step"]) == ("step_4", 4)
+    assert len(complaints) == (damage is not never_renamed)
+    assert all(damaged.name in complaint and "step_6" in complaint for complaint in complaints)
 
 
 def test_a_full_disk_stops_the_run_or_not(corpus: Path, tmp_path: Path) -> None:
@@ -137,6 +198,28 @@ def test_a_signal_to_one_rank_stops_all_of_them(corpus: Path, tmp_path: Path) ->
     stopped = json.loads((out / "stopped.json").read_text())
     assert stopped["reason"] == "SIGTERM"
     assert checkpoint.newest(out)[0].name == f"step_{stopped['step']}"
+
+
+def test_all_ranks_stop_without_a_save_when_torchrun_is_gone(corpus: Path, tmp_path: Path) -> None:
+    """Another start of the run may be under way, and write the same checkpoints."""
+    out = tmp_path / "run"
+    options = ["--tokens_per_step=256", "--max_steps=100000", "--log_interval=1000", "--save_interval=3"]
+    printed = run_ranks(2, arguments(corpus, out, *options), tmp_path, "events.torchrun_dies_after_step_4", expect=2)
+    said = re.search(r"error: torchrun is gone: stopped at step (\d+) .* goes on from step (\d+)", printed)
+    stopped, saved = said.groups()
+    assert checkpoint.newest(out)[0].name == f"step_{saved}"
+    assert int(saved) == int(stopped) // 3 * 3
+    assert not (out / "stopped.json").exists()
+
+
+def test_no_rank_0_to_meet_is_told_in_a_line(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.txt"
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", WORLD_SIZE="2", RANK="1")  # where nobody listens
+    process = start(arguments(corpus, tmp_path / "run", "--hang_timeout=0.3"), output, place)
+    process.join()
+    assert process.exitcode == 2, output.read_text()
+    assert "error: rank 1 did not find 2 ranks at 127.0.0.1:1 within 0.3 s" in output.read_text()
+    assert "Traceback" not in output.read_text()
 
 
 def test_a_write_that_fails_on_one_rank_fails_the_sharded_save_of_all(corpus: Path, tmp_path: Path) -> None:

@@ -1,23 +1,29 @@
 """SIGKILL wherever a checkpoint touches the disk and at random moments: the resumed run ends with the same bits.
 
-    .venv/bin/pytest tests/faults/test_kill.py                a dozen kills
-    .venv/bin/pytest -m slow tests/faults/test_kill.py        100 of them
+    .venv/bin/pytest tests/faults/test_kill.py                a dozen kills, and two of a sharded run
+    .venv/bin/pytest -m slow tests/faults/test_kill.py        100 of them, and 20
 """
 
 import collections
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import read_log, run, start
+from conftest import ROOT, read_log, run, run_ranks, start, start_ranks
 from test_train import arguments, losses, same, tensors
 
 STEPS = 60
 OPTIONS = ["--dropout=0.1", "--tokens_per_step=256", f"--max_steps={STEPS}", "--save_interval=3", "--eval_interval=10"]
 OPTIONS += ["--eval_tokens=64", "--skip_spikes=6"]
 KINDS = ("save", "write", "fsync", "rename", "mkdir", "prune")
+SHARDED = ["--dropout=0.1", "--tokens_per_step=256", "--max_steps=24", "--save_interval=2", "--shard"]
+POINTS = [(0, kind) for kind in KINDS] + [(1, kind) for kind in ("save", "write", "fsync", "mkdir")]  # rank 0 publishes
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +125,71 @@ def test_a_worker_killed_under_torchrun_goes_on_by_itself(corpus: Path, tmp_path
     run(*launch, *arguments(corpus, tmp_path / "whole", *options))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert same(tensors(tmp_path / "run", 12), tensors(tmp_path / "whole", 12))
+
+
+@pytest.mark.slow
+def test_workers_stop_when_torchrun_is_killed(corpus: Path, tmp_path: Path) -> None:
+    """It took the store with it; nobody else would end them."""
+    output, out = tmp_path / "out.txt", tmp_path / "run"
+    options = ["--tokens_per_step=256", "--max_steps=1000000", "--max_hours=0.05", "--save_interval=5"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += arguments(corpus, out, *options)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(output, "w") as file:
+        torchrun = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+    while not (out / "ckpt" / "last").exists():
+        assert torchrun.poll() is None, output.read_text()
+        time.sleep(0.1)
+    torchrun.kill()
+    torchrun.wait()
+    deadline = time.monotonic() + 60
+    while "torchrun is gone" not in output.read_text() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    printed = output.read_text()
+    assert "error: torchrun is gone: stopped at step" in printed, printed
+    assert "Traceback" not in printed
+    assert not (out / "stopped.json").exists()
+
+
+# --- Two ranks that save their shards together -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed_shards(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed_shards")
+    run_ranks(2, arguments(corpus, folder / "run", *SHARDED), folder)
+    return folder / "run"
+
+
+def kill_ranks(corpus: Path, whole: Path, folder: Path, points: list[tuple[int, str, int]]) -> None:
+    """A sharded run in which at each point, (rank, kind of event, which of that kind), a rank is killed in a save.
+
+    The other rank then says so and ends, and both are started again, until nothing more befalls them.
+    """
+    command = arguments(corpus, folder / "run", *SHARDED, "--resume=auto")
+    for rank, kind, at in points:
+        fault = dict(FAULT_LOG=str(folder / "events"), FAULT_RANK=str(rank), FAULT_KIND=kind, FAULT_AT=str(at))
+        codes, printed = start_ranks(2, command, folder, "events.kill_at", fault)
+        assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1), printed
+        assert f"error: rank {rank}" in printed  # 'did not answer', or that it and its list of ranks are gone
+        assert "passed over" not in printed
+        assert "Traceback" not in printed
+    run_ranks(2, command, folder)
+    assert losses(folder / "run") == losses(whole)
+    assert same(tensors(folder / "run", 24), tensors(whole, 24))
+
+
+def test_a_rank_killed_between_its_shard_and_the_manifest_costs_nothing(
+    corpus: Path, tmp_path: Path, undisturbed_shards: Path
+) -> None:
+    kill_ranks(corpus, undisturbed_shards, tmp_path, [(1, "write", 2), (0, "rename", 3)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [4, 5])
+def test_ten_kills_of_a_rank_in_sharded_saves_lose_nothing(
+    corpus: Path, tmp_path: Path, undisturbed_shards: Path, seed: int
+) -> None:
+    draw = random.Random(seed)
+    points = [(rank, kind, draw.randint(1, 2)) for rank, kind in draw.sample(POINTS, len(POINTS))]
+    kill_ranks(corpus, undisturbed_shards, tmp_path, points)

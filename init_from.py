@@ -1,0 +1,95 @@
+"""Starting from another model, a run of ours or a Hugging Face folder, with its matrices cut to the ranks wanted here.
+
+    python train.py config/lpa_cpu.py --init_from=out/dense_cpu        begin with that model's weights, truncated
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import checkpoint
+import export
+import factors
+from config import UserError
+from model import GPT, Dense, LowRank
+from recurrent import RecurrentGPT
+
+# What may differ between a model and the one whose weights it starts from; of the rest, any would change the function.
+FREE_TO_DIFFER = {"lowdim", "first_ffn_dense", "factor_init", "zero_init", "dropout", "block_size"}
+
+
+@torch.no_grad()
+def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, float]:
+    """Fill the model with the weights of a run or checkpoint -> the energy kept in each layer that changed its rank.
+
+    Where a matrix is dense there and low-rank here, or of a higher rank there, A and B are its truncated SVD; where
+    it is factored there and dense here, the product. `tokenizer` is the spec of this model's corpus. Raises UserError
+    where the other model differs in more than structure, dropout and, without learned positions, block_size.
+
+    Where `run` is no run, it is a Hugging Face folder, or a name on the hub, of a Llama or a GPT-2.
+    """
+    if (run / "ckpt").exists() or (run / "manifest.json").exists():
+        source, _, manifest = checkpoint.load_model(run, torch.device("cpu"), mapped=True)
+        spec = manifest["tokenizer"]
+    else:
+        folder = export.find_folder(run)
+        source, spec = export.read_model(folder, model.config.bias), export.read_tokenizer(folder)
+        if spec is None:
+            print(f"warning: {run} has no tokenizer.json; its token ids are taken to be those of the corpus")
+    free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())
+    options = [{k: v for k, v in checkpoint.explicit(gpt.config).items() if k not in free} for gpt in (source, model)]
+    for saved, gpt in zip(options, (source, model)):
+        saved |= dict(model="gpt") if not isinstance(gpt, RecurrentGPT) else asdict(gpt.recurrent)
+    changed = checkpoint.differences(*options)
+    if spec is not None and {**spec, "name": None} != {**tokenizer, "name": None}:
+        changed.append("its tokenizer is not that of the corpus")
+    if changed:
+        raise UserError(f"init_from is {run}, whose weights do not fit. " + "; ".join(changed))
+    theirs, energy = dict(source.named_modules()), {}
+    for name, layer in model.named_modules():
+        same = [p.shape for p in layer.parameters(False)] == [p.shape for p in theirs[name].parameters(False)]
+        if not same:
+            energy[name] = change_rank(name, layer, theirs[name])
+        for parameter in dict(layer.named_parameters(recurse=False)) if same else ["bias"]:
+            if getattr(layer, parameter) is not None:
+                getattr(layer, parameter).copy_(getattr(theirs[name], parameter))
+    return energy
+
+
+def change_rank(name: str, layer: nn.Module, source: nn.Module) -> float:
+    """Fill a layer's matrix from one of another rank or structure, dense counting as full -> the energy kept."""
+    if isinstance(layer, Dense):
+        layer.weight.copy_(source.materialise())
+        return 1.0
+    if not isinstance(layer, LowRank):
+        raise UserError(f"{name} has blocks and other widths than in the run it starts from; wanted a rank, or 0")
+    if 0 < source.rank < layer.rank:
+        raise UserError(f"{name} has rank {layer.rank}, wanted at most the {source.rank} of the run it starts from")
+    if isinstance(source, LowRank):
+        svd = factors.product_svd(source.A.to(layer.A.device), source.B.to(layer.A.device))
+    else:
+        matrix = source.weight if isinstance(source, Dense) else source.materialise()
+        svd = torch.linalg.svd(matrix.to(layer.A.device), full_matrices=False)
+    A, B, energy = factors.truncate(svd, layer.rank)
+    layer.A.copy_(A)
+    layer.B.copy_(B)
+    return energy
+
+
+def energy_table(energy: dict[str, float]) -> str:
+    """What start_from gives, {'transformer.h.0.attn.q': 0.9, ...}, as a line a layer with a column a sublayer."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, kept in energy.items():
+        layer, _, sublayer = name.removeprefix("transformer.h.").split(".")
+        rows.setdefault(layer, {})[sublayer] = kept
+    if not rows:
+        return "no layer changed its rank: the weights are those of the run they come from"
+    lines = ["energy kept, in the squares of the singular values"]
+    sublayers = list(dict.fromkeys(sublayer for row in rows.values() for sublayer in row))
+    lines.append(f"{'layer':>5}" + "".join(f"{sublayer:>9}" for sublayer in sublayers))
+    for layer, row in rows.items():
+        lines.append(f"{layer:>5}" + "".join(f"{row[s]:9.2%}" if s in row else f"{'':9}" for s in sublayers))
+    return "\n".join(lines)
