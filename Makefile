@@ -16,7 +16,7 @@ test: .venv/installed-dev
 	$(python) -m pytest -n auto --dist worksteal
 
 test-slow: .venv/installed-dev
-	$(python) -m pytest -m slow
+	$(python) -m pytest -m slow -n auto --dist worksteal
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or later is needed, $(PYTHON) is {sys.version.split()[0]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
