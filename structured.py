@@ -29,12 +29,12 @@ def parse(kind: str, d_in: int, d_out: int) -> tuple[int, int]:
     if len(numbers) != wanted or not all(number.isdecimal() for number in numbers):
         raise ValueError(f"{kind!r}, wanted a rank, 'blockdense:R:B' or 'blockshuffle:B'")
     rank, blocks = int(numbers[0]) if name == "blockdense" else 0, int(numbers[-1])
-    shared = d_in if name == "blockdense" else math.gcd(d_in, d_out)
-    if blocks < 1 or shared % blocks:
-        widths = f"width in = {d_in}" if name == "blockdense" else f"width in = {d_in} and width out = {d_out}"
-        few = ", ".join(str(n) for n in range(1, shared + 1) if shared % n == 0 and n <= 64)
-        raise ValueError(f"{kind!r}, wanted for B a divisor of {widths}: {few}")
     narrower = min(d_in, d_out)
+    shared = d_in if name == "blockdense" else math.gcd(d_in, d_out)
+    if not 1 <= blocks <= narrower or shared % blocks:
+        widths = f"width in = {d_in}" if name == "blockdense" else f"width in = {d_in} and width out = {d_out}"
+        few = ", ".join(str(n) for n in range(1, narrower + 1) if shared % n == 0 and n <= 64)
+        raise ValueError(f"{kind!r}, wanted for B a divisor of {widths}: {few}")
     if name == "blockdense" and (not 0 < rank <= narrower or rank % blocks):
         raise ValueError(f"{kind!r}, wanted for R a multiple of B = {blocks} from {blocks} to {narrower}")
     return rank, blocks
@@ -199,8 +199,6 @@ class Guided(nn.Module):
     before each step whether W takes part and with what alpha; in evaluation it never does.
     """
 
-    rank = 0
-
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer, self.guiding = layer, True
@@ -214,11 +212,25 @@ class Guided(nn.Module):
             return y
         return torch.lerp(y, linear(x, self.guide, self.layer.bias), self.alpha.to(y.dtype))
 
+    # While it learns nothing of it is narrow; in evaluation it is the layer alone, whose latents decoding keeps.
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.training else self.layer.rank
+
+    @property
+    def B(self) -> Tensor:
+        return self.layer.B
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias
+
     def narrow(self, x: Tensor) -> Tensor:
-        return self(x)
+        return self(x) if self.training else self.layer.narrow(x)
 
     def widen(self, y: Tensor) -> Tensor:
-        return y
+        return y if self.training else self.layer.widen(y)
 
 
 def add_guides(model: nn.Module) -> None:
@@ -275,5 +287,7 @@ def fixed_flop_ratio(dense: int, structured: int, guide: int) -> float:
 
     A run of n new steps, r n of them guided, is followed by r n more over the guided phase's tokens: it costs
     n ((1 + r) structured + r guide / 2) = n dense, as the guide takes part in half of the guided steps on average.
+    The published ratios, .301 for size s, charge attention for the whole square of the context; train.py counts what
+    the causal mask leaves, and finds .327.
     """
     return (dense - structured) / (guide / 2 + structured)

@@ -107,7 +107,8 @@ def pretrain(c: TrainConfig, world: World) -> None:
         f" x {world.size} ranks x {micro_steps} micro-steps"
     )
     if guided_steps:
-        log.say(f"self-guided: {guided_steps:,} steps; {c.max_steps:,} in all, {new_steps:,} of them over new batches")
+        ratio = f"{guided_steps / new_steps:.3f} of the {new_steps:,} over new batches"
+        log.say(f"self-guided: {guided_steps:,} steps, {ratio}; {c.max_steps:,} in all")
     log.say(f"going on from {folder}" if folder else f"writing to {run}")
     if folder is None and c.init_from is not None:
         log.say(f"weights of {c.init_from}; {init_from.energy_table(energy)}")
@@ -132,6 +133,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
             del spread, model, optimizers
             folder, guiding = world.from_rank_0(saver.newest), False
             model, spread, optimizers, _ = build(c, folder, guiding, world)
+            log.start_clock(step)
         if evaluation_due(step, last_step, c, state["stage"], log.evaluated - {first_step}):
             val_loss = evaluate(model, open_data(c, state["stage"])[1], windows, c, world, watch)
             comparable = step > 0 and (step == last_step or not state["stage"])  # stages have losses of their own
@@ -189,16 +191,21 @@ def pretrain(c: TrainConfig, world: World) -> None:
 
 def plan_guide(c: TrainConfig) -> tuple[TrainConfig, int, int]:
     """The options, of more steps with self_guided = 'flops'; the guided steps; the steps until the data begins anew."""
-    if c.self_guided != "flops":
-        return c, round(c.self_guided * c.max_steps), c.max_steps
-    with torch.device("meta"):
-        low, dense = GPT(c.gpt), GPT(dataclasses.replace(c.gpt, lowdim=LowDim()))
-    flops = [dense.flops_per_token(), low.flops_per_token(), structured.guide_flops(low)]
-    ratio = structured.fixed_flop_ratio(*flops)
-    if not 0 < ratio <= 1:
-        raise UserError(f"self_guided is flops, but would be {ratio:.2f} of the steps, wanted above 0, at most 1")
-    guided_steps = round(ratio * c.max_steps)
-    return dataclasses.replace(c, max_steps=c.max_steps + guided_steps), guided_steps, c.max_steps
+    ratio, new_steps = c.self_guided, c.max_steps
+    if ratio == "flops":
+        with torch.device("meta"):
+            low, dense = GPT(c.gpt), GPT(dataclasses.replace(c.gpt, lowdim=LowDim()))
+        flops = [dense.flops_per_token(), low.flops_per_token(), structured.guide_flops(low)]
+        ratio = structured.fixed_flop_ratio(*flops)
+        if not 0 < ratio <= 1:
+            raise UserError(f"self_guided is flops, but would be {ratio:.2f} of the steps, wanted above 0, at most 1")
+    guided_steps = round(ratio * new_steps)
+    if ratio and not guided_steps:
+        raise UserError(f"self_guided is {c.self_guided} of {new_steps} steps, less than one: wanted more of either")
+    if c.self_guided == "flops":
+        more = dict(max_steps=new_steps + guided_steps, warmup_steps=round((1 + ratio) * c.warmup_steps))
+        c = dataclasses.replace(c, **more)
+    return c, guided_steps, new_steps
 
 
 def build(

@@ -64,8 +64,12 @@ class RunOptions:
 
 
 def kind_at(kind: Kind, C: int, part: int) -> int | str:
-    """The kind at about 1.25 / part of the dense matrices, for a feed-forward of width C and 4 C."""
-    forms = {"low rank": C // part, "block-dense": f"blockdense:{C // part}:4", "block-shuffle": f"blockshuffle:{part}"}
+    """The kind at 1.25 / part of the dense matrices, for a feed-forward of width C and 4 C; block-dense to a row of A.
+
+    With their bias-free matrices C x 4 C and back, R = C / part is low rank's, R = 4 C / (3 part) that of 2 blocks.
+    """
+    rank = 2 * round(2 * C / (3 * part))
+    forms = {"low rank": C // part, "block-dense": f"blockdense:{rank}:2", "block-shuffle": f"blockshuffle:{part}"}
     return forms[kind]
 
 
@@ -126,15 +130,15 @@ FIRST_DENSE = "--first_ffn_dense=true"
 
 def base(o: RunOptions, steps: int, seed: int) -> list[str]:
     """What the runs have in common. Every step is logged, as a spike of the loss may last a few."""
-    flags = [f"--lowdim.{name}=0" for name in "qkvo"] + [f"--dataset={o.dataset}", f"--max_steps={steps}"]
+    flags = [f"--lowdim.{name}=0" for name in "qkvo"] + ["--mlp=gelu"]  # C x 4 C and back, as published
+    flags += [f"--dataset={o.dataset}", f"--max_steps={steps}"]
     flags += [f"--seed={seed}", "--eval_interval=0", "--eval_tokens=200000", "--log_interval=1"]
     return [o.preset, *flags, *shlex.split(o.flags)]
 
 
-def ffn(o: RunOptions, kind: Kind, C: int, part: int) -> list[str]:
+def ffn(kind: Kind, C: int, part: int) -> list[str]:
     """Flags that give the feed-forward this kind."""
-    names = ("gate", "up", "down") if config(o).gpt.mlp == "swiglu" else ("up", "down")
-    return [f"--lowdim.{name}={kind_at(kind, C, part)}" for name in names]
+    return [f"--lowdim.{name}={kind_at(kind, C, part)}" for name in ("up", "down")]
 
 
 def config(o: RunOptions) -> TrainConfig:
@@ -142,7 +146,7 @@ def config(o: RunOptions) -> TrainConfig:
 
 
 def setting(o: RunOptions) -> str:
-    return f"{o.preset} with dense attention, {Path(o.dataset).name}, {o.steps} steps, seeds: {o.seeds}"
+    return f"{o.preset} with dense attention and GELU, {Path(o.dataset).name}, {o.steps} steps, seeds: {o.seeds}"
 
 
 def seeds(o: RunOptions) -> range:
@@ -173,14 +177,15 @@ def plan_train(o: RunOptions) -> list[Planned]:
     C, arms = config(o).gpt.n_embd, {"dense": []}
     for part in o.parts:
         for kind in o.kinds:
-            arms[f"{kind} {share(part)}"] = [*ffn(o, kind, C, part), FIRST_DENSE]
-            arms[f"{kind} {share(part)}, guided"] = [*ffn(o, kind, C, part), FIRST_DENSE, "--self_guided=0.5"]
+            arms[f"{kind} {share(part)}"] = [*ffn(kind, C, part), FIRST_DENSE]
+            arms[f"{kind} {share(part)}, guided"] = [*ffn(kind, C, part), FIRST_DENSE, "--self_guided=0.5"]
     return [Planned(arm, (*base(o, o.steps, s), *flags)) for arm, flags in arms.items() for s in seeds(o)]
 
 
 def report_train(o: RunOptions, runs: dict[Planned, Run]) -> list[str]:
     lines = [f"{setting(o)}. A spike is a rise, within {3 * window(o)} steps, of"]
-    lines += [f"what the training loss, a mean over {window(o)} steps, lies above dense's; the largest of all seeds.\n"]
+    lines += [f"what the training loss, a mean over {window(o)} steps, lies above dense's; the largest of all seeds."]
+    lines += ["While it takes part, a guide costs a dense feed-forward more than the FLOPs shown.\n"]
     lines += ["| feed-forward | FLOPs a token, forward | val perplexity | largest spike |", "|---|---|---|---|"]
     arms = by_arm(runs)
     for arm, of_seeds in arms.items():
@@ -244,7 +249,7 @@ def plan_scaling(o: RunOptions) -> list[Planned]:
         steps = max(1, round(tokens / (dense.tokens_per_step or dense.batch_size * dense.gpt.block_size)))
         rate = config(o).learning_rate * config(o).gpt.n_embd / C
         shape += [f"--learning_rate={rate:.4g}", f"--min_lr={rate / 10:.4g}", f"--warmup_steps={steps // 10}"]
-        arms = {"dense": []} | {f"{kind} {share(part)}": ffn(o, kind, C, part) for kind in o.kinds for part in o.parts}
+        arms = {"dense": []} | {f"{kind} {share(part)}": ffn(kind, C, part) for kind in o.kinds for part in o.parts}
         for arm, flags in arms.items():
             planned += [Planned(arm, (*base(o, steps, seed), *shape, *flags)) for seed in seeds(o)]
     return planned
@@ -324,7 +329,7 @@ def draw_scaling(arms: dict[str, list[Run]]) -> None:
 def plan_draws(o: RunOptions) -> list[Planned]:
     C, planned = config(o).gpt.n_embd, []
     for kind in o.kinds:
-        flags = [*ffn(o, kind, C, o.parts[-1]), FIRST_DENSE, "--self_guided=0.5"]
+        flags = [*ffn(kind, C, o.parts[-1]), FIRST_DENSE, "--self_guided=0.5"]
         for draw, change in (("step", contextlib.nullcontext), ("layer", drawn_by_layer)):
             arm = f"{kind} {share(o.parts[-1])}, guided, a draw a {draw}"
             planned += [Planned(arm, (*base(o, o.steps, seed), *flags), change) for seed in seeds(o)]
@@ -362,7 +367,7 @@ def plan_init(o: RunOptions) -> list[Planned]:
         for start, (more, change) in starts.items():
             for rate in o.rates:
                 rates = [f"--learning_rate={rate:g}", f"--min_lr={rate / 10:g}"]
-                flags = [*ffn(o, kind, C, o.parts[-1]), FIRST_DENSE, *more, *rates]
+                flags = [*ffn(kind, C, o.parts[-1]), FIRST_DENSE, *more, *rates]
                 arm = f"{kind} {share(o.parts[-1])}, {start}"
                 planned += [Planned(arm, (*base(o, o.steps, seed), *flags), change) for seed in seeds(o)]
     return planned

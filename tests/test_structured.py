@@ -372,6 +372,38 @@ def test_a_guided_run_may_stop_anywhere_and_ends_without_its_guide(corpus: Path,
         trained(corpus, parts, "--max_steps=8", "--self_guided=0.25", "--resume")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [dict(lowdim=LowDim(q=8, k=8, v=8, down=8)), dict(lowdim=LowDim(v="blockdense:8:2"), bias=True),
+     dict(lowdim=LowDim(q=8, k=8, v=8), pos="none")],
+    ids=str,
+)  # fmt: skip
+def test_a_guided_model_is_evaluated_and_decoded_as_without_its_guide(changes: dict) -> None:
+    """Also while it learns; from the cache of latents, where that is what its config asks for."""
+    model = randomise(GPT(GPTConfig(**SMALL, **changes))).eval()
+    full = model(idx(model.config))
+    structured.add_guides(model)
+    for module in model.modules():
+        if isinstance(module, Guided):
+            module.guide.data.normal_()
+    torch.testing.assert_close(model.eval()(idx(model.config)), full)
+    cache = decode.new_cache(model, 3)
+    with torch.no_grad():
+        steps = [model(part, cache=cache) for part in idx(model.config).split([7, 1, 8], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-4, rtol=1e-4)
+    assert (model.train()(idx(model.config)) - full).abs().max() > 0.1
+
+
+def test_a_guide_of_no_step_is_an_error() -> None:
+    c = TrainConfig(gpt=GPTConfig(**SMALL, lowdim=MIXED), max_steps=1, self_guided=0.4)
+    with pytest.raises(UserError, match=r"self_guided is 0.4 of 1 steps, less than one: wanted more of either"):
+        train.plan_guide(c)
+    c = TrainConfig(gpt=GPTConfig(**SMALL, lowdim=MIXED), max_steps=100, warmup_steps=10, self_guided="flops")
+    longer, guided_steps, new_steps = train.plan_guide(c)
+    assert longer.max_steps == new_steps + guided_steps == 100 + guided_steps
+    assert longer.warmup_steps == round(longer.max_steps / 10)  # as published: a tenth of all
+
+
 def test_a_guided_model_compiles_to_two_graphs_whatever_alpha_is() -> None:
     model = GPT(GPTConfig(**SMALL, lowdim=LowDim(q="blockshuffle:4", up=8, down="blockdense:8:2")))
     structured.add_guides(model)
@@ -388,7 +420,10 @@ def test_a_guided_model_compiles_to_two_graphs_whatever_alpha_is() -> None:
 
 
 def test_two_ranks_are_guided_as_one(corpus: Path, tmp_path: Path) -> None:
-    options = ["--max_steps=4", "--self_guided=0.5", "--tokens_per_step=128"]
+    options = ["--max_steps=6", "--self_guided=0.5", "--tokens_per_step=128"]
+    model = Guided(layers(6, 10, 2)[0])
+    drawn = [structured.set_guides(model, step, 3, seed=1) or model.guiding for step in range(3)]
+    assert drawn == [True, True, False]  # so one of the guided steps leaves the guides without gradient
     one = trained(corpus, tmp_path / "one", *options)
     run_ranks(2, ["train.py", *TINY, f"--dataset={corpus}", f"--out_dir={tmp_path / 'two'}", *options], tmp_path)
     two = checkpoint.load_tensors(checkpoint.newest(tmp_path / "two")[0], "model")
@@ -406,4 +441,5 @@ def test_fixed_flops_add_the_guided_steps_and_see_their_tokens_again(
     again = len(seen) - 6
     assert 0 < again < 6
     assert seen == [*range(6), *range(again)]
-    assert f"self-guided: {again} steps; {6 + again} in all" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"self-guided: {again} steps, {again / 6:.3f} of the 6 over new batches; {6 + again} in all" in said

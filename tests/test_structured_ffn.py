@@ -25,6 +25,15 @@ def test_einsum_computes_what_the_layer_does(kind: str) -> None:
     torch.testing.assert_close(structured_ffn.einsum(layer, x), x @ layer.materialise().T, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("C", [48, 192, 768, 2048, 5120])
+@pytest.mark.parametrize(("part", "share"), [(2, 0.625), (4, 0.3125)])
+def test_every_kind_is_at_the_share_that_its_label_says(C: int, part: int, share: float) -> None:
+    for kind in RunOptions().kinds:
+        pair = structured_ffn.feed_forwards(structured_runs.kind_at(kind, C, part), C, 1, torch.device("meta"))[0]
+        kept = sum(p.numel() for layer in pair for p in layer.parameters()) / (8 * C * C)
+        assert kept == pytest.approx(share, rel=0.001 if C > 48 else 0.04), kind
+
+
 def test_a_spike_is_what_dense_does_not_show_on_the_same_batches() -> None:
     o = RunOptions(steps=400)
     falling = np.geomspace(6, 2, 400) + np.random.default_rng(1).normal(0, 0.2, 400)  # hard and easy batches
