@@ -80,6 +80,8 @@ class BenchConfig:
         if self.context is not None and not 0 < self.context <= limit - self.decode_tokens:
             limit -= self.decode_tokens
             raise ValueError(f"context is {self.context}, wanted 1 to block_size - decode_tokens = {limit}")
+        if self.train.self_guided:
+            raise ValueError(f"self_guided is {self.train.self_guided}, wanted 0: bench.py has no guides")
         if self.mode == "suite" and self.train != TrainConfig(device=self.train.device):
             raise ValueError("mode is 'suite', a standing list: wanted no preset and no options but device, suite_dir")
         if "hf" in self.against and self.train.optimizer != "adamw":

@@ -39,8 +39,6 @@ CPU = torch.device("cpu")
 
 def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
     """Print the plan. Raises UserError where memory is no size, or not even one sequence a rank fits."""
-    if c.self_guided:
-        raise UserError(f"self_guided is {c.self_guided}, wanted 0: guides are not planned for")
     if c.dtype == "auto":
         c = replace(c, dtype="bfloat16")  # as hardware.choose_dtype has it on GPUs
     limit = int((1 - ALLOWANCE) * size_of(memory))
