@@ -56,7 +56,8 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
         records = [json.loads(line) for line in kept]
-        return tuple({record["step"] for record in records if name in record} for name in ("val_loss", "sample"))
+        evaluated, sampled = ({r["step"] for r in records if name in r} for name in ("val_loss", "sample"))
+        return evaluated, sampled
 
     def tell_setting(self, state: dict[str, Any], model: GPT, world: World) -> None:
         versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)

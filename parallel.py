@@ -51,7 +51,7 @@ class World:
 
     def from_rank_0(self, f: Callable[[], Any]) -> Any:
         """What f returns on rank 0, on all ranks; a UserError there is one on all of them."""
-        answer = [None, None]
+        answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 answer[0] = f()

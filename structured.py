@@ -198,6 +198,9 @@ class Guided(nn.Module):
 
     rank = 0
 
+    layer: Any  # BlockDense, BlockShuffle or LowRank
+    alpha: Tensor
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer, self.guiding = layer, True
