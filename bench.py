@@ -337,7 +337,7 @@ def training(
     guard = train.Guard(device)
 
     def step() -> None:
-        train.train_step(model, iter([(x, y)]), 1, optimizers, scaler, guard, options, world)
+        train.train_step(model, [(x, y)], 1, optimizers, scaler, guard, options, world)
 
     return step
 

@@ -20,7 +20,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
         unguided_from_here = guiding and step == guided_steps
         saving = step == last_step or unguided_from_here or due(step, c.save_interval)
         if log.first or saving or any(due(step, n) for n in (c.log_interval, c.eval_interval, c.sample_interval)):
-            log.step(step, loss.item(), norm.item(), rate, int(guard.skipped))  # here alone the host waits
+            log.step(step, loss.item(), norm.item(), rate, guard.counts())  # here alone the host waits
             guard.stop_if_lost(step)
         if unguided_from_here:
             structured.drop_guides(model, optimizers)
@@ -174,7 +174,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
 
     if reason and reason not in parallel.LOST and saved_step != step:
         if step > first_step and step != log.clock_step:
-            log.step(step, loss.item(), norm.item(), rate, int(guard.skipped))
+            log.step(step, loss.item(), norm.item(), rate, guard.counts())
         saved_step = save()
     saver.wait()
     world.from_rank_0(saver.close)  # here a save that failed becomes an error
@@ -233,10 +233,12 @@ class Guard:
     def __init__(self, device: torch.device, spikes: float = 0.0, saved: dict[str, Any] | None = None) -> None:
         """saved: what state() gave."""
         self.spikes = spikes
-        self.skipped, self.in_a_row, self.longest, self.seen = torch.zeros(4, dtype=torch.int32, device=device)
+        counts = torch.zeros(5, dtype=torch.int32, device=device)
+        self.skipped, self.clipped, self.in_a_row, self.longest, self.seen = counts
         self.recent = torch.zeros(2, RECENT_STEPS, device=device)  # of loss and norm
         if saved is not None:
             self.skipped += saved["skipped"]
+            self.clipped += saved.get("clipped", 0)  # checkpoints of before it was counted have none
             self.in_a_row += saved["in_a_row"]
         if saved is not None and "recent" in saved:
             self.seen += saved["seen"]
@@ -257,9 +259,14 @@ class Guard:
         self.skipped += bad
         return bad.float()
 
+    def counts(self) -> dict[str, int]:
+        """The steps so far that were skipped, and those whose gradient was clipped. The host waits for the device."""
+        skipped, clipped = torch.stack([self.skipped, self.clipped]).tolist()
+        return dict(skipped=skipped, clipped=clipped)
+
     def state(self) -> dict[str, Any]:
         """For the manifest. The host waits for the device."""
-        counts = dict(skipped=self.skipped.item(), in_a_row=self.in_a_row.item())
+        counts = self.counts() | dict(in_a_row=self.in_a_row.item())
         return counts | (dict(seen=self.seen.item(), recent=self.recent.tolist()) if self.spikes else {})
 
     def stop_if_lost(self, step: int) -> None:
@@ -272,7 +279,7 @@ class Guard:
 
 def train_step(
     model: nn.Module,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]],
     micro_steps: int,
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
@@ -295,8 +302,10 @@ def train_step(
     total = world.mean(total)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf))
+    largest = c.grad_clip or math.inf
+    norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), largest))
     skip = guard.judge(total, norm)
+    guard.clipped += norm * (1 - skip) > largest
     for optimizer in optimizers:
         optimizer.found_inf = skip  # pyrefly: ignore  (torch's optimizers look for it, and declare it nowhere)
         optimizer.step()  # not scaler.step, which would put its own verdict in the place of ours
