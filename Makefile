@@ -19,6 +19,7 @@ test: lint
 	$(python) -m pytest -n auto --dist worksteal
 
 test-slow: .venv/installed-dev
+	$(python) -m pip install --quiet --disable-pip-version-check 'lm-eval>=0.4.13,<0.5' 'accelerate>=1,<2'
 	$(python) -m pytest -m slow
 
 .venv/installed: requirements.txt

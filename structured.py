@@ -151,7 +151,9 @@ class BlockProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return multiply(x, weight, interleaved)
+        y = multiply(x, weight, interleaved)
+        # Compiled by torch 2.11, what was written in place has gradients of zero; its copy has the right ones.
+        return y.clone() if torch.compiler.is_compiling() else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
