@@ -29,7 +29,8 @@ class Log:
         resumed: bool,
     ) -> None:
         self.silent, self.full = world.rank != 0, False
-        self.first, self.seconds, self.wandb_id, self.wandb = True, state["seconds"], state["wandb_id"], None
+        self.first, self.seconds, self.wandb_id = True, state["seconds"], state["wandb_id"]
+        self.wandb: Any = None
         self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
         self.length_share = 1.0  # of block_size: how long the sequences of this stage of a generated task are
         rate = hardware.matmul_rate(world.device, c.dtype)  # on all ranks at once: they may share a machine
