@@ -4,18 +4,22 @@
 PYTHON ?= python3
 python := .venv/bin/python
 
-.PHONY: demo test test-slow
+.PHONY: demo lint test test-slow
 
 demo: .venv/installed
 	$(python) train.py config/lpa_cpu.py
 	$(python) sample.py out/lpa_cpu --prompt="def " --max_new_tokens=600
 	$(python) bench.py config/lpa_cpu.py --mode=train
 
-test: .venv/installed-dev
+lint: .venv/installed-dev
 	$(python) -m ruff check .
+	.venv/bin/pyrefly check --python-interpreter-path=$(python) --summary=none --output-format=min-text
+
+test: lint
 	$(python) -m pytest -n auto --dist worksteal
 
 test-slow: .venv/installed-dev
+	$(python) -m pip install --quiet --disable-pip-version-check 'lm-eval>=0.4.13,<0.5' 'accelerate>=1,<2'
 	$(python) -m pytest -m slow -n auto --dist worksteal
 
 .venv/installed: requirements.txt

@@ -172,7 +172,8 @@ def measure(c: BenchConfig, variants: dict[str, TrainConfig], results: dict[str,
         works[name] = make_work(c, name, variant, device)
         for _ in range(1 if c.mode == "decode" else 3):  # compiles, and warms up: decoding does so at its first token
             works[name].run()
-        results[name]["peak_memory_bytes"] = None if others is None else hardware.peak_memory(device) - others
+        peak = hardware.peak_memory(device)
+        results[name]["peak_memory_bytes"] = None if others is None or peak is None else peak - others
     times = alternate({name: work.run for name, work in works.items()}, c.pairs, device)
     for name, work in works.items():
         ms = statistics.median(times[name])
@@ -232,8 +233,8 @@ class HuggingFace(nn.Module):
             import transformers
         except ImportError:
             raise UserError("comparing with transformers needs it: pip install 'transformers>=4.56,<6'") from None
-        sizes = dict(vocab_size=c.vocab_size, attn_implementation="sdpa", tie_word_embeddings=c.tie_embeddings)
-        sizes |= dict(bos_token_id=None, eos_token_id=None)
+        sizes: dict[str, Any] = dict(vocab_size=c.vocab_size, attn_implementation="sdpa", bos_token_id=None)
+        sizes |= dict(tie_word_embeddings=c.tie_embeddings, eos_token_id=None)
         kind = (c.norm, c.norm_order, c.mlp, "rope" if c.pos == "none" else c.pos, c.bias)
         if c.qk_norm or c.rope_dim is not None:
             raise UserError("transformers' Llama and GPT-2 have no qk_norm and no rope_dim")
@@ -246,10 +247,8 @@ class HuggingFace(nn.Module):
             self.layers = self.hf.model.layers
         elif kind == ("layernorm", "pre", "gelu", "learned", True):
             sizes |= dict(n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.hidden_dim)
-            dropouts = dict(resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0)
-            self.hf = transformers.GPT2LMHeadModel(
-                transformers.GPT2Config(**sizes, **dropouts, n_positions=c.block_size)
-            )
+            sizes |= dict(resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0)
+            self.hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, n_positions=c.block_size))
             self.layers = self.hf.transformer.h
         else:
             raise UserError(f"transformers' Llama and GPT-2 have no {c.norm_order}-{c.norm} {c.mlp} pos={c.pos} form")
@@ -270,11 +269,12 @@ def make_work(c: BenchConfig, name: str, options: TrainConfig, device: torch.dev
         counted = GPT(gpt)
     with device:
         model = HuggingFace(gpt) if name == "hf" else GPT(gpt, options.seed)
-        idx = torch.randint(gpt.vocab_size, (options.batch_size, gpt.block_size + 1))
+        idx = torch.randint(len(counted.lm_head.weight), (options.batch_size, gpt.block_size + 1))
     x, y = idx[:, :-1], idx[:, 1:]  # each (B, T)
     flops, tokens = counted.flops_per_token() * x.numel(), x.numel()
-    if c.premerge and name == "model":
-        print("\n".join(decode.premerge(served(model, options.dtype))), file=sys.stderr)
+    if c.premerge and name == "model" and isinstance(model, GPT):
+        served(model, options.dtype)
+        print("\n".join(decode.premerge(model)), file=sys.stderr)
     if c.mode == "train":
         run = training(model, x, y, options, device)
         flops *= 3
@@ -334,7 +334,7 @@ def training(
     """A whole step as train.py runs it: forward, backward, clipping, optimizer."""
     world = World(0, 1, device)
     compile_it(model, options, world)
-    optimizers = optim.make_optimizers(model, options)
+    optimizers = optim.make_optimizers(model, options)  # pyrefly: ignore (AdamW takes any module)
     scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
     guard = train.Guard(device)
 
@@ -384,13 +384,14 @@ def decoding(model: GPT | HuggingFace, x: Tensor, tokens: int, options: TrainCon
     """Drawing so many tokens after a prompt x, all but the last token of which is in the cache."""
     read = prefill(model, x, options)
     if isinstance(model, HuggingFace):
-        cache = read()
+        theirs: Any = read()
+        hf: Any = model.hf
 
         @torch.inference_mode()
         def draw() -> None:
-            cache.crop(x.size(1) - 1 - cache.get_seq_length())  # a negative number is how many go
-            how = dict(max_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(x))
-            model.hf.generate(x, past_key_values=cache, **how)
+            theirs.crop(x.size(1) - 1 - theirs.get_seq_length())  # a negative number is how many go
+            how: dict[str, Any] = dict(max_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(x))
+            hf.generate(x, past_key_values=theirs, **how)
 
         return draw
 
@@ -401,7 +402,7 @@ def decoding(model: GPT | HuggingFace, x: Tensor, tokens: int, options: TrainCon
     @torch.inference_mode()
     def draw() -> None:
         cache.length = x.size(1) - 1
-        for _ in decode.generate(model, x, tokens, model.config.vocab_size, temperature=0, cache=cache):
+        for _ in decode.generate(model, x, tokens, len(model.lm_head.weight), temperature=0, cache=cache):
             pass
 
     return draw

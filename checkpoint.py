@@ -52,7 +52,7 @@ class Saver:
     def __init__(self, run: Path, tokenizer: Tokenizer, world: World, shard: bool, timeout: float = 1800.0) -> None:
         self.run, self.tokenizer, self.world, self.shard = run, tokenizer, world, shard
         # The threads' words must not mix with those of the steps.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if shard else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if shard else None
         self.worker = ThreadPoolExecutor(1, "save")
         self.jobs: list[Future] = []
         self.failed: str | None = None
@@ -65,7 +65,7 @@ class Saver:
         if self.shard:
             flat = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
             writer = dcp.FileSystemWriter(partial)
-            written = dcp.async_save(flat, storage_writer=writer, process_group=self.group)
+            written: Any = dcp.async_save(flat, storage_writer=writer, process_group=self.group)
             self.submit(lambda: self.publish_shards(written, partial, state))
         elif self.world.rank == 0:
             copies = {part: {k: t.detach().to("cpu", copy=True) for k, t in parts[part].items()} for part in parts}
@@ -105,7 +105,7 @@ class Saver:
                 self.failed = self.failed or str(error)
         return self.failed
 
-    def newest(self) -> Path:
+    def newest(self) -> Path | None:
         """The folder of the last save, which is then done. Raises UserError where it failed."""
         self.wait()
         if self.failure():
@@ -267,7 +267,7 @@ def load_tensors(folder: Path, part: str, mapped: bool = False) -> dict[str, Ten
         if not (folder / f"{part}.pt").exists():
             raise UserError(f"{folder} holds no {part}.pt, so it is of another version of this program")
         return torch.load(folder / f"{part}.pt", map_location="cpu", weights_only=True, mmap=mapped)
-    index = Reader(folder).read_metadata().state_dict_metadata
+    index: dict[str, Any] = Reader(folder).read_metadata().state_dict_metadata
     names = [name for name in index if name.startswith(f"{part}.")]
     whole = {name: torch.empty(index[name].size, dtype=index[name].properties.dtype) for name in names}
     read_shards(folder, whole)
@@ -299,7 +299,7 @@ def fill(folder: Path, part: str, live: dict[str, Tensor]) -> None:
 def shapes(folder: Path, part: str) -> dict[str, torch.Size]:
     if not is_sharded(folder):
         return {name: tensor.shape for name, tensor in load_tensors(folder, part, mapped=True).items()}
-    index = Reader(folder).read_metadata().state_dict_metadata
+    index: dict[str, Any] = Reader(folder).read_metadata().state_dict_metadata
     return {name.removeprefix(f"{part}."): index[name].size for name in index if name.startswith(f"{part}.")}
 
 
@@ -343,7 +343,7 @@ class IndexOnly(pickle.Unpickler):
 
 def optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The live state of the optimizers, by the parameter's name and its own: {'lm_head.weight.exp_avg': ...}."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     state = ((p, of_p) for optimizer in optimizers for p, of_p in optimizer.state.items())
     return {f"{names[p]}.{key}": tensor for p, of_p in state for key, tensor in of_p.items()}
 
@@ -394,7 +394,8 @@ def explicit(c: GPTConfig) -> dict[str, Any]:
 
 def gpt_config(options: dict[str, Any]) -> GPTConfig:
     """The model's options as a manifest holds them -> GPTConfig."""
-    return GPTConfig(**options | dict(lowdim=LowDim(**options["lowdim"])))
+    others = dict(options)
+    return GPTConfig(lowdim=LowDim(**others.pop("lowdim")), **others)
 
 
 def model_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,24 +97,24 @@ class KVCache:
         fewest bytes.
         """
         first = self.length == 0
-        q, k, v = (
-            None if latent and not first else attention.heads(name, y, rotation)  # (B, H, T, D); k, v (B, G, T, D)
+        wide = {
+            name: attention.heads(name, y, rotation)  # (B, H, T, D); k, v (B, G, T, D)
             for name, y, latent in zip("qkv", narrow, (False, self.latent_k, self.latent_v))
-        )
+            if first or not latent
+        }
         turned = [attention.turn(y, rotation) for y in narrow[3:]]  # (B, H, T, R) and (B, 1, T, R), with rope_dim
-        new = {"k": narrow[1][:, None] if self.latent_k else k, "v": narrow[2][:, None] if self.latent_v else v}
-        if turned:
-            new["kr"] = turned[1]
-        end = self.length + q.size(2)
+        k, v = (narrow[1][:, None] if self.latent_k else wide["k"], narrow[2][:, None] if self.latent_v else wide["v"])
+        new = {"k": k, "v": v} | ({"kr": turned[1]} if turned else {})
+        end = self.length + narrow[0].size(1)
         held = {}
         for name, y in new.items():
             self.held[name][attention.layer, :, :, self.length : end] = y
             held[name] = self.held[name][attention.layer, :, :, :end]  # (B, G, S, D), or (B, 1, S, R)
-        mask = self.mask(q.size(2))
+        mask = self.mask(narrow[0].size(1))
         if first:
-            return attend(q, k, v, *turned, mask=mask)
+            return attend(*wide.values(), *turned, mask=mask)
         k_layer, v_layer = attention.k if self.latent_k else None, attention.v if self.latent_v else None
-        return attend_to_cache(q, turned[0] if turned else None, held, k_layer, v_layer, mask)
+        return attend_to_cache(wide["q"], turned[0] if turned else None, held, k_layer, v_layer, mask)
 
 
 def attend_to_cache(
@@ -177,6 +177,9 @@ class Merged(nn.Module):
     """
 
     rank = 0  # no latent is seen from outside
+
+    layer: Any
+    weight: Tensor
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ def main(c: EvalConfig) -> None:
     world = join_world(c.device)
     model, tokenizer, manifest = checkpoint.load_model(c.run, world.device)
     if c.tasks is not None:
-        print(benchmark(c, model, tokenizer, world))
+        print(benchmark(c, c.tasks.split(","), model, tokenizer, world))
         return
     corpus = data.open_corpus(c.dataset or manifest["options"]["dataset"], c.split)
     require_tokenizer(corpus, manifest["tokenizer"])
@@ -84,7 +84,7 @@ def main(c: EvalConfig) -> None:
     world.leave()
 
 
-def benchmark(c: EvalConfig, model: GPT, tokenizer: Tokenizer, world: World) -> str:
+def benchmark(c: EvalConfig, tasks: list[str], model: GPT, tokenizer: Tokenizer, world: World) -> str:
     """The tasks' figures, as lm-eval's table or its JSON."""
     if world.size > 1:
         raise UserError(f"tasks run in one process, not in {world.size}; leave torchrun out")
@@ -95,7 +95,7 @@ def benchmark(c: EvalConfig, model: GPT, tokenizer: Tokenizer, world: World) -> 
     except ImportError:
         raise UserError("--tasks needs: pip install 'lm-eval>=0.4.13,<0.5'") from None
     lm = harness.NativeLM(model, tokenizer, c.batch_size, c.dtype)
-    results = harness.run_tasks(lm, c.tasks.split(","), c.num_fewshot, c.limit)
+    results = harness.run_tasks(lm, tasks, c.num_fewshot, c.limit)
     if c.json:
         return json.dumps(dict(run=str(c.run), results=results["results"]), indent=1, default=str)
     return make_table(results) + (make_table(results, "groups") if results.get("groups") else "")

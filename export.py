@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
 from config import UserError, parse, user_errors
@@ -49,7 +49,7 @@ class ExportConfig:
 
 
 def main(c: ExportConfig) -> None:
-    if c.to == "preset":
+    if c.to == "preset" or c.target is None:
         print(preset(c.source))
         return
     if not c.source.is_dir():
@@ -208,8 +208,8 @@ def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any
         raise UserError(f"export.py {INSTALL}") from None
     known = architecture(model)
     refuse_foreign(target)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size} of them")
+    if tokenizer.vocab_size > len(model.lm_head.weight):
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {len(model.lm_head.weight)} of them")
     ends = dict(bos_token_id=tokenizer.end_of_text, eos_token_id=tokenizer.end_of_text)
     files = {
         "config.json": config_json(known, model.config, tokenizer.vocab_size) | ends,
@@ -270,7 +270,7 @@ def tensors(known: Architecture, model: GPT, vocab_size: int) -> dict[str, Tenso
     """Every weight under its name there. GPT-2 always has biases: where we have none, they are zero."""
     named = {}
     for theirs, ours in modules(known, model.config):
-        layers = [model.get_submodule(name) for name in ours]
+        layers: list[Any] = [model.get_submodule(name) for name in ours]
         weight = torch.cat([merged(layer) for layer in layers])
         if ours[0] in ("transformer.wte", "lm_head"):
             weight = weight[:vocab_size]
@@ -282,7 +282,7 @@ def tensors(known: Architecture, model: GPT, vocab_size: int) -> dict[str, Tenso
     return named
 
 
-def merged(layer: nn.Module) -> Tensor:
+def merged(layer: Any) -> Tensor:
     """The matrix of a projection of any kind (out, in), or the weight of what is none."""
     if not hasattr(layer, "materialise"):
         return layer.weight
@@ -337,11 +337,11 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
 def read_options(folder: Path, known: Architecture, config: dict[str, Any]) -> GPTConfig:
     """The options of the model in a folder. Raises UserError where config.json lacks one."""
     defaults = dict(num_key_value_heads=None, n_inner=None, rms_norm_eps=1e-6, layer_norm_epsilon=1e-5)
-    config = defaults | config
+    config: dict[str, Any] = defaults | config
     missing = [name for name in (*known.options.values(), "vocab_size") if name not in config]
     if missing:
         raise UserError(f"{folder / 'config.json'} does not say {', '.join(missing)}")
-    options = {ours: config[theirs] for ours, theirs in known.options.items()} | known.computes
+    options: dict[str, Any] = {ours: config[theirs] for ours, theirs in known.options.items()} | known.computes
     options |= dict(vocab_size=config["vocab_size"], tie_embeddings=config.get("tie_word_embeddings", known.ties))
     if known is LLAMA:
         options |= dict(rope_theta=float(config["rope_theta"]))
@@ -368,10 +368,11 @@ def read_model(folder: Path, bias: bool = False) -> GPT:
     for theirs, ours in modules(known, c):
         layers = [model.get_submodule(name) for name in ours]
         for part in ("weight", "bias"):
-            name, parameters = f"{theirs}.{part}", [getattr(layer, part, None) for layer in layers]
+            name = f"{theirs}.{part}"
             used.add(name)
-            if parameters[0] is None:
+            if getattr(layers[0], part, None) is None:
                 continue
+            parameters = [getattr(layer, part) for layer in layers]
             shape = (sum(map(len, parameters)), *parameters[0].shape[1:])
             if part == "bias" and name not in stored:
                 stored[name] = partial(torch.zeros, shape)

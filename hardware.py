@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from config import UserError
+from config import Dtype, UserError
 from products import linear
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -61,7 +61,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def choose_dtype(dtype: str, device: torch.device) -> str:
+def choose_dtype(dtype: Dtype, device: torch.device) -> Dtype:
     """'auto' is bfloat16 where the device multiplies it faster, else float32.
 
     A CPU with bfloat16 units has 4 times its float32 rate, one without them a hundredth: no flag tells them apart on

@@ -35,9 +35,12 @@ class NativeLM(TemplateLM):
     def __init__(self, model: GPT, tokenizer: Tokenizer, batch_size: int, dtype: str = "float32") -> None:
         super().__init__()
         self.model, self.tokens, self.batch_size, self.dtype = model, tokenizer, batch_size, dtype
-        self._device = model.lm_head.weight.device  # what LM.device gives
         self.max_length = model.config.block_size
         self.carried = isinstance(model, recurrent.RecurrentGPT)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
 
     @property
     def eot_token_id(self) -> int:
@@ -138,7 +141,7 @@ class NativeLM(TemplateLM):
         return [written[i] for i in range(len(prompts))]
 
     def write(self, contexts: list[tuple[int, ...]], options: dict[str, Any]) -> list[str]:
-        options = normalize_gen_kwargs(options)
+        options = dict(normalize_gen_kwargs(options))
         room = self.max_length - options["max_gen_toks"]
         if room < 1:
             tokens = f"a task asks for {options['max_gen_toks']} new tokens"
@@ -149,7 +152,7 @@ class NativeLM(TemplateLM):
         luck = (options.get("temperature") or 0.0, options.get("top_k"), options.get("top_p"))
         idx = self.padded(contexts, left=True)  # (B, T)
         with hardware.autocast(self.device, self.dtype):
-            if self.carried:
+            if isinstance(self.model, recurrent.RecurrentGPT):
                 steps = recurrent.generate(self.model, idx, *amount, *luck)
             else:
                 lengths = torch.tensor(list(map(len, contexts)), device=self.device)

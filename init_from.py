@@ -22,7 +22,7 @@ FREE_TO_DIFFER = {"lowdim", "first_ffn_dense", "factor_init", "zero_init", "drop
 
 
 @torch.no_grad()
-def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, float]:
+def start_from(run: Path, model: GPT, tokenizer: dict[str, Any] | None) -> dict[str, float]:
     """Fill the model with the weights of a run or checkpoint -> the energy kept in each layer that changed its rank.
 
     Where a matrix is dense there and low-rank here, or of a higher rank there, A and B are its truncated SVD; where
@@ -40,26 +40,28 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any]) -> dict[str, fl
         if spec is None:
             print(f"warning: {run} has no tokenizer.json; its token ids are taken to be those of the corpus")
     free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())
-    options = [{k: v for k, v in checkpoint.explicit(gpt.config).items() if k not in free} for gpt in (source, model)]
-    for saved, gpt in zip(options, (source, model)):
-        saved |= dict(model="gpt") if not isinstance(gpt, RecurrentGPT) else asdict(gpt.recurrent)
-    changed = checkpoint.differences(*options)
-    if spec is not None and {**spec, "name": None} != {**tokenizer, "name": None}:
+    theirs, ours = (
+        {k: v for k, v in checkpoint.explicit(gpt.config).items() if k not in free} for gpt in (source, model)
+    )
+    for options, gpt in ((theirs, source), (ours, model)):
+        options |= dict(model="gpt") if not isinstance(gpt, RecurrentGPT) else asdict(gpt.recurrent)
+    changed = checkpoint.differences(theirs, ours)
+    if spec is not None and {**spec, "name": None} != {**(tokenizer or {}), "name": None}:
         changed.append("its tokenizer is not that of the corpus")
     if changed:
         raise UserError(f"init_from is {run}, whose weights do not fit. " + "; ".join(changed))
-    theirs, energy = dict(source.named_modules()), {}
+    sources, energy = dict(source.named_modules()), {}
     for name, layer in model.named_modules():
-        same = [p.shape for p in layer.parameters(False)] == [p.shape for p in theirs[name].parameters(False)]
+        same = [p.shape for p in layer.parameters(False)] == [p.shape for p in sources[name].parameters(False)]
         if not same:
-            energy[name] = change_rank(name, layer, theirs[name])
+            energy[name] = change_rank(name, layer, sources[name])
         for parameter in dict(layer.named_parameters(recurse=False)) if same else ["bias"]:
             if getattr(layer, parameter) is not None:
-                getattr(layer, parameter).copy_(getattr(theirs[name], parameter))
+                getattr(layer, parameter).copy_(getattr(sources[name], parameter))
     return energy
 
 
-def change_rank(name: str, layer: nn.Module, source: nn.Module) -> float:
+def change_rank(name: str, layer: nn.Module, source: Any) -> float:
     """Fill a layer's matrix from one of another rank or structure, dense counting as full -> the energy kept."""
     if isinstance(layer, Dense):
         layer.weight.copy_(source.materialise())

@@ -29,7 +29,8 @@ class Log:
         resumed: bool,
     ) -> None:
         self.silent, self.full = world.rank != 0, False
-        self.first, self.seconds, self.wandb_id, self.wandb = True, state["seconds"], state["wandb_id"], None
+        self.first, self.seconds, self.wandb_id = True, state["seconds"], state["wandb_id"]
+        self.wandb: Any = None
         self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
         self.length_share = 1.0  # of block_size: how long the sequences of this stage of a generated task are
         rate = hardware.matmul_rate(world.device, c.dtype)  # on all ranks at once: they may share a machine
@@ -37,9 +38,9 @@ class Log:
         self.flops_per_token = 3 * model.flops_per_token()  # backward takes twice the forward pass
         self.evaluated, self.sampled = world.from_rank_0(lambda: self.open(run, state["step"], resumed))
         if not self.silent:
-            self.tell_setting(state, model, world)
+            setting = self.tell_setting(state, model, world)
             if c.wandb:
-                self.open_wandb(run, state)
+                self.open_wandb(run, setting)
         self.start_clock(state["step"])
 
     def open(self, run: Path, step: int, resumed: bool) -> tuple[set[int], set[int]]:
@@ -56,26 +57,28 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
         records = [json.loads(line) for line in kept]
-        return tuple({record["step"] for record in records if name in record} for name in ("val_loss", "sample"))
+        evaluated, sampled = ({r["step"] for r in records if name in r} for name in ("val_loss", "sample"))
+        return evaluated, sampled
 
-    def tell_setting(self, state: dict[str, Any], model: GPT, world: World) -> None:
+    def tell_setting(self, state: dict[str, Any], model: GPT, world: World) -> dict[str, Any]:
+        """Write the first record of this start -> that record."""
         versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
         on, dtype = hardware.describe(world.device), state["options"]["dtype"]
-        self.write(
-            dict(step=state["step"], versions=versions, device=on, ranks=world.size, matmul_flops=self.matmul_rate)
-            | dict(options=state["options"], parameters=str(model).splitlines())
-        )
+        setting = dict(step=state["step"], versions=versions, device=on, ranks=world.size)
+        setting |= dict(matmul_flops=self.matmul_rate, options=state["options"], parameters=str(model).splitlines())
+        self.write(setting)
         rate = f"{self.matmul_rate / 1e12:.3g} TFLOP/s in large {dtype} products"
         self.say(f"torch {torch.__version__} on {on}: {rate}\n")
+        return setting
 
-    def open_wandb(self, run: Path, state: dict[str, Any]) -> None:
+    def open_wandb(self, run: Path, setting: dict[str, Any]) -> None:
+        """wandb's config is the options, with the parameter table, the versions and the ranks beside them."""
         try:
             import wandb
         except ImportError:
             raise UserError("--wandb needs its package: pip install 'wandb>=0.19,<1'") from None
-        self.wandb = wandb.init(
-            project="lpa", name=run.name, id=self.wandb_id, resume="allow", dir=run, config=state["options"]
-        )
+        config = setting["options"] | {name: setting[name] for name in ("parameters", "versions", "ranks")}
+        self.wandb = wandb.init(project="lpa", name=run.name, id=self.wandb_id, resume="allow", dir=run, config=config)
         self.wandb.define_metric("*", step_metric="step")
         self.wandb_id = self.wandb.id
 
@@ -100,8 +103,11 @@ class Log:
         if self.wandb:
             self.wandb.log(record)
 
-    def step(self, step: int, loss: float, norm: float, learning_rate: float, skipped: int) -> None:
-        """The steps since the clock started, as a line; loss and norm are those of the last of them."""
+    def step(self, step: int, loss: float, norm: float, learning_rate: float, counts: dict[str, int]) -> None:
+        """The steps since the clock started, as a line; loss and norm are those of the last of them.
+
+        counts: how many of all steps so far were skipped, and how many had their gradient clipped.
+        """
         now, self.first = time.perf_counter(), False
         self.seconds += now - self.clock
         if self.silent:
@@ -110,14 +116,15 @@ class Log:
         speed = (step - self.clock_step) * tokens_per_step / (now - self.clock)
         mfu = speed * self.flops_per_token / self.matmul_rate
         minutes, seconds = divmod(int((self.last_step - step) * tokens_per_step / speed), 60)
-        passed = f" | {skipped} skipped" if skipped else ""
+        passed = f" | {counts['skipped']} skipped" if counts["skipped"] else ""
         self.say(
             f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.2f}"
             f" | {speed:,.0f} tok/s | mfu {mfu:.1%} | {minutes // 60}h{minutes % 60:02}m{seconds:02}s left{passed}"
         )
         self.write(
             dict(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=learning_rate, grad_norm=norm)
-            | dict(tokens_per_second=speed, mfu=mfu, seconds=self.seconds, skipped=skipped)
+            | dict(tokens_per_second=speed, mfu=mfu, seconds=self.seconds)
+            | counts
         )
         self.start_clock(step)
 

@@ -12,7 +12,7 @@ Shapes: B batch, T time, C n_embd, H heads, G key and value heads, D head width,
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn as nn
@@ -232,7 +232,7 @@ def projection(c: GPTConfig, sublayer: str) -> nn.Module:
     return LowRank(d_in, d_out, rank, c.bias) if rank else Dense(d_in, d_out, c.bias)
 
 
-def project(x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor]:
+def project(x: Tensor, layers: tuple[Any, ...]) -> list[Tensor]:
     """The first matrix of each layer times x (B, T, C), which they share: [(B, T, R), or (B, T, d_out) where dense].
 
     On a GPU they are one product, unless the tokens are few or a layer has blocks. On a CPU joining the weights costs
@@ -325,8 +325,9 @@ class Attention(nn.Module):
             y = rotate(y, rotation)
         return y.transpose(1, 2)
 
-    def turn(self, y: Tensor, rotation: Tensor) -> Tensor:
-        """The result of qr or kr (B, T, H R), split into heads and turned (B, H, T, R)."""
+    def turn(self, y: Tensor, rotation: Tensor | None) -> Tensor:
+        """The result of qr or kr (B, T, H R), split into heads and turned (B, H, T, R): with rope_dim all do turn."""
+        assert rotation is not None
         return rotate(y.unflatten(-1, (-1, self.rope_dim)), rotation).transpose(1, 2)
 
 
@@ -339,7 +340,7 @@ def attend(
     fused kernels want them as wide as keys.
     """
     width = v.size(-1)
-    if qr is not None:
+    if qr is not None and kr is not None:
         q, k = torch.cat([q, qr], dim=-1), torch.cat([k, kr.expand(-1, k.size(1), -1, -1)], dim=-1)
         v = F.pad(v, (0, qr.size(-1)))
     few_scores = q.size(1) * q.size(2) ** 2 <= 2**18  # those of a sequence stay in the cache
@@ -416,7 +417,7 @@ class Block(nn.Module):
         """
         if self.recompute == "none" or cache is not None or not torch.is_grad_enabled():
             return self.add_sublayers(x, rotation, cache)
-        options = dict(use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
+        options: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
         if self.recompute == "latents":
             options["context_fn"] = self.keep
             if self.pre and self.mlp.closes_early and not self.dropout.p:
@@ -441,6 +442,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model. `model(idx)` gives logits, `model(idx, targets)` the mean loss in nats per token."""
 
+    transformer: Any  # a ModuleDict: to a type checker each of its parts might be a Tensor
+    rotation: Tensor | None
+
     def __init__(self, c: GPTConfig, seed: int | None = 1) -> None:
         """seed=None leaves the weights unfilled, for a checkpoint. Raises ValueError where vocab_size is None."""
         super().__init__()
@@ -461,7 +465,7 @@ class GPT(nn.Module):
             self.transformer.norm = Norm(c)
         self.lm_head = Dense(c.n_embd, c.vocab_size, c.head_bias)
         if c.tie_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
+            self.lm_head.weight = self.transformer.get_parameter("wte.weight")
         rotation = rotations(c, self.lm_head.weight.device) if c.pos == "rope" else None
         self.register_buffer("rotation", rotation, persistent=False)
         if seed is not None and not self.lm_head.weight.is_meta:
@@ -545,7 +549,7 @@ class GPT(nn.Module):
             elif hasattr(module, "blocks"):
                 import structured
 
-                structured.fill(module.A, module.B, s / std, generator)
+                structured.fill(module.get_parameter("A"), module.get_parameter("B"), s / std, generator)
             elif isinstance(module, Norm):
                 module.weight.fill_(1)
             elif next(module.parameters(recurse=False), None) is not None:
@@ -594,7 +598,7 @@ def describe(model: GPT) -> str:
     warnings = []
     block = model.transformer.h[-1]  # the first one's feed-forward may be dense
     layers = {**dict(block.attn.named_children()), **dict(block.mlp.named_children()), "lm_head": model.lm_head}
-    widths = c.sublayers | {"lm_head": (c.n_embd, c.vocab_size)}
+    widths = c.sublayers | {"lm_head": (c.n_embd, len(model.lm_head.weight))}
     if c.rope_dim is not None:
         widths |= {"qr": (c.n_embd, c.n_head * c.rope_dim), "kr": (c.n_embd, c.rope_dim)}
     for name, layer in layers.items():

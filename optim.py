@@ -1,6 +1,7 @@
 """Parameter groups, the optimizers and the learning rate of each step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from config import TrainConfig
 from model import GPT
 
 
-def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Every parameter once, by the decay it gets.
 
     matrices and guides (structured.py): weight_decay. factors: half of it each, since (1 - d/2) A (1 - d/2) B decays
@@ -77,7 +78,8 @@ class Muon(torch.optim.Optimizer):
         going = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 leaves all as it is
         weights = [local(p) for p in params]
         buffers = [local(self.state[p]["momentum"]) for p in params]
-        grad = torch.stack([local(p.grad) for p in params]).nan_to_num_(0, 0, 0)  # (number, m, n), or (number, K, m, n)
+        grads = [local(p.grad) for p in params if p.grad is not None]  # of all of them
+        grad = torch.stack(grads).nan_to_num_(0, 0, 0)  # (number, m, n), or (number, K, m, n)
         share = (1 - group["momentum"]) * going
         torch._foreach_mul_(buffers, 1 - share)
         torch._foreach_add_(buffers, list((grad * share).unbind()))
@@ -105,7 +107,7 @@ def gather(stacked: Tensor, p: Tensor, number: int) -> Tensor:
         return stacked
     shape = torch.Size([number, *p.shape])
     strides = torch.empty(shape, device="meta").stride()
-    placed = dict(device_mesh=p.device_mesh, placements=[Shard(1)], run_check=False)
+    placed: dict[str, Any] = dict(device_mesh=p.device_mesh, placements=[Shard(1)], run_check=False)
     return DTensor.from_local(stacked, **placed, shape=shape, stride=strides).full_tensor()
 
 

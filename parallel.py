@@ -53,7 +53,7 @@ class World:
 
     def from_rank_0(self, f: Callable[[], Any]) -> Any:
         """What f returns on rank 0, on all ranks; a UserError there is one on all of them."""
-        answer = [None, None]
+        answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 answer[0] = f()
@@ -134,7 +134,7 @@ def roll_call(world: World, timeout: float) -> Iterator[None]:
             raise
         waited = f" within {timeout:g} s" if timed_out else ""
         try:
-            missing = absent(world)
+            missing = absent(world, world.store)
             who = f"rank {', '.join(map(str, missing))} did not answer" if missing else "the connection broke"
             speaker = min(set(range(world.size)) - set(missing))
         except dist.DistError:  # the store ended with the process that held it
@@ -144,11 +144,11 @@ def roll_call(world: World, timeout: float) -> Iterator[None]:
         os._exit(1)  # the usual way out would wait for the others again
 
 
-def absent(world: World) -> list[int]:
+def absent(world: World, store: dist.Store) -> list[int]:
     """The ranks that do not leave word, as this one does, that they waited in vain; DistError if the store is gone."""
-    world.store.set(f"waited/{world.rank}", socket.gethostname())
+    store.set(f"waited/{world.rank}", socket.gethostname())
     time.sleep(ROLL_CALL_SECONDS)
-    return [rank for rank in range(world.size) if not world.store.check([f"waited/{rank}"])]
+    return [rank for rank in range(world.size) if not store.check([f"waited/{rank}"])]
 
 
 # --- When to stop ------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import hardware
 import optim
-from config import TrainConfig, UserError
+from config import Dtype, TrainConfig, UserError
 from model import GPT, GPTConfig
 
 ALLOWANCE = 0.1  # of a GPU's memory, for what is not counted
@@ -42,7 +42,7 @@ def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
     if c.dtype == "auto":
         c = replace(c, dtype="bfloat16")  # as hardware.choose_dtype has it on GPUs
     limit = int((1 - ALLOWANCE) * size_of(memory))
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for engine in ("ddp", "fsdp"):
         for recompute in ("none", "latents", "block"):
             option = replace(c, recompute=recompute)
@@ -74,7 +74,9 @@ def size_name(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def at(c: TrainConfig, batch_size: int, recompute: str | None = None) -> TrainConfig:
+def at(
+    c: TrainConfig, batch_size: int, recompute: Literal["none", "latents", "block"] | None = None
+) -> TrainConfig:
     return replace(c, batch_size=batch_size, recompute=recompute or c.recompute)
 
 
@@ -104,8 +106,8 @@ class Need:
         return kept + max(self.gathered + self.activations, self.optimizer_step)
 
 
-def needed(c: TrainConfig, engine: Literal["ddp", "fsdp"], gpus: int) -> Need:
-    """What a step of c.batch_size sequences on each of so many GPUs needs."""
+def needed(c: TrainConfig, engine: str, gpus: int) -> Need:
+    """What a step of c.batch_size sequences on each of so many GPUs needs; engine is 'ddp' or 'fsdp'."""
     sharded = engine == "fsdp"
     parameters, optimizer, optimizer_step = resident(c.gpt, c.optimizer, c.dtype, gpus if sharded else 1)
     with torch.device("meta"):
@@ -117,7 +119,7 @@ def needed(c: TrainConfig, engine: Literal["ddp", "fsdp"], gpus: int) -> Need:
 
 
 @functools.cache
-def resident(c: GPTConfig, optimizer: str, dtype: str, shares: int) -> tuple[int, int, int]:
+def resident(c: GPTConfig, optimizer: Literal["adamw", "muon"], dtype: Dtype, shares: int) -> tuple[int, int, int]:
     """Bytes of the parameters, of the optimizers' state, and the most that a step of the optimizers holds besides.
 
     Of rank 0, which has the first of `shares` parts of every tensor along its first dimension, the largest.
@@ -262,7 +264,7 @@ class LiveStorages(TorchDispatchMode):
             if storage._cdata not in self.seen and storage._cdata not in old:
                 self.seen.add(storage._cdata)
                 self.now += storage.nbytes()
-                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes()).atexit = False
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes()).atexit = False  # pyrefly: ignore
         self.peak = max(self.peak, self.now)
         return result
 

@@ -34,7 +34,7 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether the operator by which torch.compile calls oneDNN for float32 takes these here."""
     if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return False  # bfloat16 goes to oneDNN by itself
-    return torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -131,7 +131,8 @@ class RecurrentGPT(GPT):
 
         def run(h: Tensor, x: Tensor) -> Tensor:
             left = LeftHalf(block.norm1(h) if block.pre else h, rotation)
-            return block.add_sublayers(x, None if rotation is None else rotation[:, self.window :], left)
+            after = None if rotation is None else rotation[:, self.window :]
+            return block.add_sublayers(x, after, left)  # pyrefly: ignore (a block asks a cache for `attend` alone)
 
         if block.recompute == "none" or not torch.is_grad_enabled():
             return run(h, x)
@@ -145,7 +146,7 @@ class RecurrentGPT(GPT):
         while x.size(1):
             held = 0 if state.open is None else state.open.size(1)
             new, x = x[:, : self.window - held], x[:, self.window - held :]
-            y = torch.cat([state.open, new], dim=1) if held else new  # (B, M, C)
+            y = new if state.open is None else torch.cat([state.open, new], dim=1)  # (B, M, C)
             state.length += new.size(1)
             whole = y.size(1) == self.window
             state.open = None if whole else y

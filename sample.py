@@ -6,11 +6,12 @@
 
 import codecs
 import contextlib
+import io
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -77,7 +78,7 @@ def main(c: SampleConfig) -> None:
     idx = torch.tensor([ids], device=device)
     room = 1 + max(0, model.config.block_size - len(ids))  # tokens to draw until the context is full
     generator = torch.Generator(device).manual_seed(c.seed)
-    generate = recurrent.generate if carried else decode.generate
+    generate: Any = recurrent.generate if carried else decode.generate
     for number in range(c.num_samples):
         if c.num_samples > 1:
             print(f"--- sample {number + 1}")
@@ -88,7 +89,7 @@ def main(c: SampleConfig) -> None:
             for token in generate(model, idx, *options, beyond=c.beyond):
                 if token.item() == tokenizer.end_of_text:
                     break
-                print(pending.decode(tokenizer.decode_bytes(token.item())), end="", flush=True)
+                print(pending.decode(tokenizer.decode_bytes(int(token))), end="", flush=True)
             else:
                 if c.beyond == "stop" and c.max_new_tokens > room and not endless:
                     limit = f"the context of {model.config.block_size} tokens is full"
@@ -106,6 +107,7 @@ def read_prompt(c: SampleConfig) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     with user_errors(), contextlib.suppress(KeyboardInterrupt):
         main(parse(sys.argv[1:], SampleConfig, __doc__))

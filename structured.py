@@ -151,7 +151,9 @@ class BlockProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return multiply(x, weight, interleaved)
+        y = multiply(x, weight, interleaved)
+        # Compiled by torch 2.11, what was written in place has gradients of zero; its copy has the right ones.
+        return y.clone() if torch.compiler.is_compiling() else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -198,6 +200,9 @@ class Guided(nn.Module):
     W starts as the product of the factors, so at first alpha changes nothing, and goes when alpha is 0. set_guides says
     before each step whether W takes part and with what alpha; in evaluation it never does.
     """
+
+    layer: Any  # BlockDense, BlockShuffle or LowRank
+    alpha: Tensor
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

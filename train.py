@@ -20,7 +20,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def pretrain(c: TrainConfig, world: World) -> None:
     order = dict(data=train_data.fingerprint, seed=c.seed, tokens_per_step=tokens_per_step, optimizer=c.optimizer)
     if guided_steps:
         order |= dict(guided_steps=guided_steps, new_steps=new_steps)
-    state = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None, stage=stage, guard=None, scaler=None)
+    state: dict[str, Any] = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None)
+    state |= dict(stage=stage, guard=None, scaler=None)
     saved_state = tuple(state)
     state |= dict(order=order, options=dataclasses.asdict(c))
     folder, manifest = world.from_rank_0(lambda: prepare_run(run, c, state))
@@ -167,7 +168,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
         unguided_from_here = guiding and step == guided_steps
         saving = step == last_step or unguided_from_here or due(step, c.save_interval)
         if log.first or saving or any(due(step, n) for n in (c.log_interval, c.eval_interval, c.sample_interval)):
-            log.step(step, loss.item(), norm.item(), rate, guard.skipped.item())  # here alone the host waits
+            log.step(step, loss.item(), norm.item(), rate, guard.counts())  # here alone the host waits
             guard.stop_if_lost(step)
         if unguided_from_here:
             structured.drop_guides(model, optimizers)
@@ -176,7 +177,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
 
     if reason and reason not in parallel.LOST and saved_step != step:
         if step > first_step and step != log.clock_step:
-            log.step(step, loss.item(), norm.item(), rate, guard.skipped.item())
+            log.step(step, loss.item(), norm.item(), rate, guard.counts())
         saved_step = save()
     saver.wait()
     world.from_rank_0(saver.close)  # here a save that failed becomes an error
@@ -240,10 +241,12 @@ class Guard:
     def __init__(self, device: torch.device, spikes: float = 0.0, saved: dict[str, Any] | None = None) -> None:
         """saved: what state() gave."""
         self.spikes = spikes
-        self.skipped, self.in_a_row, self.longest, self.seen = torch.zeros(4, dtype=torch.int32, device=device)
+        counts = torch.zeros(5, dtype=torch.int32, device=device)
+        self.skipped, self.clipped, self.in_a_row, self.longest, self.seen = counts
         self.recent = torch.zeros(2, RECENT_STEPS, device=device)  # of loss and norm
         if saved is not None:
             self.skipped += saved["skipped"]
+            self.clipped += saved.get("clipped", 0)  # checkpoints of before it was counted have none
             self.in_a_row += saved["in_a_row"]
         if saved is not None and "recent" in saved:
             self.seen += saved["seen"]
@@ -264,9 +267,14 @@ class Guard:
         self.skipped += bad
         return bad.float()
 
+    def counts(self) -> dict[str, int]:
+        """The steps so far that were skipped, and those whose gradient was clipped. The host waits for the device."""
+        skipped, clipped = torch.stack([self.skipped, self.clipped]).tolist()
+        return dict(skipped=skipped, clipped=clipped)
+
     def state(self) -> dict[str, Any]:
         """For the manifest. The host waits for the device."""
-        counts = dict(skipped=self.skipped.item(), in_a_row=self.in_a_row.item())
+        counts = self.counts() | dict(in_a_row=self.in_a_row.item())
         return counts | (dict(seen=self.seen.item(), recent=self.recent.tolist()) if self.spikes else {})
 
     def stop_if_lost(self, step: int) -> None:
@@ -279,7 +287,7 @@ class Guard:
 
 def train_step(
     model: nn.Module,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]],
     micro_steps: int,
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
@@ -302,10 +310,12 @@ def train_step(
     total = world.mean(total)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf))
+    largest = c.grad_clip or math.inf
+    norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), largest))
     skip = guard.judge(total, norm)
+    guard.clipped += norm * (1 - skip) > largest
     for optimizer in optimizers:
-        optimizer.found_inf = skip
+        optimizer.found_inf = skip  # pyrefly: ignore  (torch's optimizers look for it, and declare it nowhere)
         optimizer.step()  # not scaler.step, which would put its own verdict in the place of ours
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
@@ -362,7 +372,7 @@ def report_evaluation(
     """Tell a loss of the val split. On a generated task, measure what else there is, and take the next stage."""
     stage = state["stage"]
     val_data = open_data(c, stage)[1]
-    extra = copy_report(model, val_data, c, world, stage) if stage else {}
+    extra = copy_report(model, val_data, c, world, stage) if stage and isinstance(val_data, Copying) else {}
     log.evaluation(step, loss, loss * val_data.tokens / val_data.bytes / math.log(2), extra)
     if stage and step < log.last_step and math.isfinite(loss):
         state["stage"] = copying.next_stage(c.task, stage, loss)
@@ -374,12 +384,12 @@ def write_sample(model: GPT, tokenizer: Tokenizer, c: TrainConfig, world: World)
         return ""
     start = 0 if tokenizer.end_of_text is None else tokenizer.end_of_text
     generator = torch.Generator(world.device).manual_seed(c.seed)
-    generate = recurrent.generate if isinstance(model, RecurrentGPT) else decode.generate
+    generate: Any = recurrent.generate if isinstance(model, RecurrentGPT) else decode.generate
     model.eval()
     with torch.compiler.set_stance("force_eager"), hardware.autocast(world.device, c.dtype):
         idx = torch.tensor([[start]], device=world.device)
         drawn = generate(model, idx, SAMPLE_TOKENS, tokenizer.vocab_size, 0.8, None, None, generator, beyond="stop")
-        ids = [token.item() for token in drawn]
+        ids = [int(token) for token in drawn]
     model.train()
     return b"".join(map(tokenizer.decode_bytes, ids)).decode(errors="replace")
 
@@ -388,7 +398,8 @@ def open_data(c: TrainConfig, stage: dict[str, float] | None) -> tuple[data.Corp
     """What to train on, and what to validate with: splits of a corpus, or a generated task at its stage."""
     if stage is None:
         return data.open_corpus(c.dataset, "train"), data.open_corpus(c.dataset, "val")
-    return copying.open_task(c, "train", stage["noise"]), copying.open_task(c, "val", stage["noise"])
+    noise = int(stage["noise"])
+    return copying.open_task(c, "train", noise), copying.open_task(c, "val", noise)
 
 
 def at_stage(c: TrainConfig, stage: dict[str, float] | None) -> TrainConfig:
@@ -400,7 +411,7 @@ def at_stage(c: TrainConfig, stage: dict[str, float] | None) -> TrainConfig:
 
 def copy_report(
     model: GPT, val_data: Copying, c: TrainConfig, world: World, stage: dict[str, float]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """What an evaluation of a generated task tells besides the loss."""
     model.eval()
     with torch.compiler.set_stance("force_eager"), hardware.autocast(world.device, c.dtype):
@@ -424,7 +435,8 @@ def micro_batches(
         batch = data.batch(corpus, c.gpt.block_size, c.batch_size, *place)
         if world.device.type == "cuda":  # pinned memory lets the copy run while the device computes
             batch = tuple(t.pin_memory() for t in batch)
-        yield tuple(t.to(world.device, non_blocking=True) for t in batch)
+        x, y = (t.to(world.device, non_blocking=True) for t in batch)
+        yield x, y
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -444,7 +456,7 @@ def prepare_missing(dataset: str) -> None:
         importlib.import_module("data.pystdlib.prepare").prepare()
 
 
-def with_vocabulary(c: TrainConfig, *corpora: data.Corpus) -> TrainConfig:
+def with_vocabulary(c: TrainConfig, *corpora: data.Corpus | Copying) -> TrainConfig:
     """The options with a vocab_size: the corpus's, padded to a multiple of 128 for the sake of the head's matrix."""
     largest = max(corpus.max_token for corpus in corpora)
     padded = -(-corpora[0].vocab_size // 128) * 128
@@ -457,13 +469,14 @@ def with_vocabulary(c: TrainConfig, *corpora: data.Corpus) -> TrainConfig:
 def share_step(c: TrainConfig, world: World) -> tuple[TrainConfig, int]:
     """The options with a batch_size that suits so many ranks, and the micro-steps that make up tokens_per_step."""
     a_pass = c.batch_size * c.gpt.block_size * world.size
-    sequences, rest = divmod(c.tokens_per_step or a_pass, c.gpt.block_size)
+    wanted = c.tokens_per_step or a_pass
+    sequences, rest = divmod(wanted, c.gpt.block_size)
     batch_size = min(c.batch_size, sequences // world.size) if world.size > 1 else c.batch_size
     if rest or batch_size == 0 or sequences == 0 or sequences % (batch_size * world.size):
         raise UserError(
             f"tokens_per_step is {c.tokens_per_step}, wanted a multiple of batch_size x block_size x ranks ="
             f" {c.batch_size} x {c.gpt.block_size} x {world.size} = {a_pass}, for example"
-            f" {max(1, round(c.tokens_per_step / a_pass)) * a_pass}"
+            f" {max(1, round(wanted / a_pass)) * a_pass}"
         )
     return dataclasses.replace(c, batch_size=batch_size), sequences // (batch_size * world.size)
 
@@ -484,7 +497,8 @@ def prepare_run(run: Path, c: TrainConfig, state: dict[str, Any]) -> tuple[Path 
         for complaint in complaints:
             print(f"warning: {complaint}; passed over")
         broken = checkpoint.steps(run)[: len(complaints)]
-        changed = checkpoint.differences(*map(checkpoint.model_options, (manifest["options"], state["options"])))
+        before, now = map(checkpoint.model_options, (manifest["options"], state["options"]))
+        changed = checkpoint.differences(before, now)
         kept = {name: value for name, value in manifest["order"].items() if name != "data" or not c.new_data}
         changed += checkpoint.differences(kept, {n: v for n, v in state["order"].items() if n != "data" or n in kept})
         if changed:

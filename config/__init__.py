@@ -24,6 +24,7 @@ from model import GPTConfig
 from recurrent import RecurrentConfig
 
 T = TypeVar("T")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class UserError(Exception):
@@ -113,7 +114,7 @@ class TrainConfig:
 
     # Machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Of matrix products, under autocast; weights and optimizer state are float32. auto = bfloat16 where this machine
     multiplies it faster."""
     compile: Literal["auto", "off", "model", "block"] = "auto"
@@ -250,7 +251,7 @@ def boolean_names(options: type) -> set[str]:
     names = set()
     for option in dataclasses.fields(options):
         kind = get_args(option.type)[0] if get_origin(option.type) is Annotated else option.type
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             names |= boolean_names(kind)
         elif kind is bool:
             names.add(option.name)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -160,7 +160,7 @@ def hub_rows(task: Task, split: str) -> Iterator[Example]:
         raise UserError("downloading GLUE needs: pip install datasets; or give local files: --data=FOLDER") from None
     try:
         subset = task.name.lower().replace("-", "")
-        rows = datasets.load_dataset(HUB, subset, split=split.replace("dev", "validation"))
+        rows: Any = datasets.load_dataset(HUB, subset, split=split.replace("dev", "validation"))
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {HUB} ({type(error).__name__}); give local files: --data=FOLDER") from None
     columns = [name for name in rows.column_names if name not in ("label", "idx")]

@@ -9,8 +9,9 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from config import UserError
 
@@ -76,11 +77,11 @@ def read_file(file: Path, column: str = "text") -> Iterator[tuple[str, bool]]:
         raise UserError(f"{file} is damaged or cut: {error}") from None
 
 
-def open_file(file: Path) -> IO[bytes]:
+def open_file(file: Path) -> BufferedIOBase:
     return {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)(file, "rb")
 
 
-def read_text(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
+def read_text(file: Path, stream: BufferedIOBase) -> Iterator[tuple[str, bool]]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text, done = "", 0
     try:
@@ -99,7 +100,7 @@ def read_text(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
         yield text, True
 
 
-def read_jsonl(file: Path, stream: IO[bytes], column: str) -> Iterator[tuple[str, bool]]:
+def read_jsonl(file: Path, stream: BufferedIOBase, column: str) -> Iterator[tuple[str, bool]]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue

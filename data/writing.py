@@ -278,7 +278,7 @@ class SplitWriter:
             self.shard["max_token"] = 0
             self.open = open(self.folder / f"{file}.tmp", "wb")  # noqa: SIM115 (open from one call to the next)
             self.open.seek(HEADER_BYTES)
-        self.open.write(np.ascontiguousarray(result.ids, dtype=np.dtype(self.dtype).newbyteorder("<")))
+        self.open.write(np.ascontiguousarray(result.ids, dtype=np.dtype(self.dtype).newbyteorder("<")).data)
         self.shard["tokens"] += len(result.ids)
         self.shard["bytes"] += result.bytes
         self.shard["documents"] += result.documents

@@ -242,7 +242,7 @@ class Classifier(nn.Module):
     def __init__(self, body: GPT, outputs: int, dropout: float) -> None:
         super().__init__()
         self.body = body
-        self.body.lm_head = nn.Identity()  # nothing reads it
+        self.body.set_submodule("lm_head", nn.Identity())  # nothing reads it
         self.head = nn.Linear(body.config.n_embd, outputs)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -415,13 +415,14 @@ def line(name: str, params: str, scores: dict[str, list[list[float | None]]], av
 
 def mean_and_deviation(values: list[float | None]) -> str:
     """Times 100; a dash where there is no value."""
-    if None in values:
+    percent = [100 * value for value in values if value is not None]
+    if len(percent) < len(values):
         return "–"
-    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.2f}{spread}"
+    spread = f" ± {statistics.stdev(percent):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(percent):.2f}{spread}"
 
 
-def average(scores: dict[str, list[float | None]]) -> float:
+def average(scores: dict[str, list[float]]) -> float:
     """The mean over tasks of the mean of those of its metrics that the paper has, which gives the paper's Avg."""
     known = {task: [v for v, p in zip(values, PAPER["paper: LPA, 319M"][task]) if p] for task, values in scores.items()}
     return statistics.mean(statistics.mean(values) for values in known.values())

@@ -258,8 +258,8 @@ def paper_cell(setting: str, name: str) -> str:
 def pair(shape: tuple[int, int, int, int], scale: str) -> list[Arm]:
     """A dense model and its LPA twin."""
     n_layer, n_head, n_embd, ffn_dim = shape
-    shape = {"gpu": SHAPES["S2 370M"], "cpu": SHAPES["cpu"], "paper": {}}[scale]
-    changes = shape | dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, ffn_dim=ffn_dim)
+    others = {"gpu": SHAPES["S2 370M"], "cpu": SHAPES["cpu"], "paper": {}}[scale]
+    changes = others | dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, ffn_dim=ffn_dim)
     preset = f"config/dense_{'130m' if scale == 'cpu' else '370m'}.py"
     setting = f"{n_layer} x {n_embd}"
     twins = [("Transformer", {}), ("LPA", low(n_embd // 4))]

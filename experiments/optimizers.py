@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def trained(c: TrainConfig, arm: Arm) -> dict:
 def make_optimizers(model: GPT, c: TrainConfig, arm: Arm) -> list[torch.optim.Optimizer]:
     """Those of optim.py, whose group of factors is taken apart into A and B, by the arm's rule."""
     optimizers = optim.make_optimizers(model, c)
-    last = optimizers[-1]  # holds the factors
+    last: Any = optimizers[-1]  # holds the factors
     b = {layer.B for layer in model.modules() if isinstance(layer, LowRank)}
     groups = []
     for group in last.param_groups:
@@ -193,8 +194,8 @@ def decay_products(model: GPT, amount: float) -> None:
     """A step down the gradient of amount/2 ||B A||^2 (Frobenius decay, Khodak et al., arXiv 2105.01029)."""
     for layer in (m for m in model.modules() if isinstance(m, LowRank)):
         a, b = layer.A.clone(), layer.B.clone()
-        layer.A -= amount * (b.T @ b) @ a
-        layer.B -= amount * b @ (a @ a.T)
+        layer.A.sub_(amount * (b.T @ b) @ a)
+        layer.B.sub_(amount * b @ (a @ a.T))
 
 
 def write(o: Options, table: dict[str, tuple[float, list[dict]]]) -> None:

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tyro
@@ -197,7 +197,7 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", "*")
 
 
-def style(number: int) -> dict[str, str]:
+def style(number: int) -> dict[str, Any]:
     """Colour, line and marker of the curve of this number; the three cycles differ, so that 252 curves do."""
     return dict(
         color=COLOURS[number % len(COLOURS)],

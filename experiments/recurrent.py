@@ -175,7 +175,7 @@ def measure_lengths(o: Options) -> list[str]:
     shape = dict(n_layer=1, n_head=4, n_embd=o.width, vocab_size=128, pos="rope", norm="layernorm", mlp="gelu")
     c = GPTConfig(**shape, block_size=longest + o.window)
     with device:
-        models = {
+        models: dict[str, GPT] = {
             f"recurrent, alpha {alpha:g}": RecurrentGPT(c, RecurrentConfig(o.window, alpha, False))
             for alpha in (0.5, 0.0)
         }
@@ -231,7 +231,7 @@ def text_of(model: GPT, T: int, window: int) -> tuple[Callable[[], None], int]:
         state = model.new_state()
         for part in torch.randint(128, (1, T - T % window), device=device).split(window, dim=1):
             model(part, cache=state, last=True)
-        held = [t for pair in state.carried for t in pair]
+        held = [t for pair in state.carried if pair for t in pair]
     else:
         cache = decode.new_cache(model, 1)
         for values in cache.held.values():

@@ -154,10 +154,10 @@ def read_csv(path: Path) -> list[tuple[float, float, float]]:
     rows = []
     for number, record in enumerate(table, start=2):
         try:
-            row = tuple(float(record[name]) for name in ("N", "D", "loss"))
+            row = float(record["N"]), float(record["D"]), float(record["loss"])
         except (KeyError, TypeError, ValueError):
-            row = ()
-        if not row or not all(0 < value < math.inf for value in row):
+            row = None
+        if row is None or not all(0 < value < math.inf for value in row):
             raise UserError(f"{path}, line {number}: wanted positive numbers in the columns N, D and loss")
         rows.append(row)
     return rows

@@ -128,7 +128,7 @@ def seconds_per_step(c: TrainConfig, g: Grid) -> float:
     c, micro_steps = trainer.share_step(c, world)
     c = dataclasses.replace(c, dtype=hardware.choose_dtype(c.dtype, world.device))
     model = new_model(c.model, c.gpt, c.recurrent, c.seed).to(world.device)
-    x = torch.randint(c.gpt.vocab_size, (c.batch_size, c.gpt.block_size), device=world.device)  # (B, T)
+    x = torch.randint(len(model.lm_head.weight), (c.batch_size, c.gpt.block_size), device=world.device)  # (B, T)
     optimizers, guard = optim.make_optimizers(model, c), trainer.Guard(world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
 

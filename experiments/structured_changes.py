@@ -6,6 +6,7 @@ rates of Qiu et al. (arXiv 2406.06248) against its own start; see `--part=draws`
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -78,7 +79,7 @@ def rates_by_factor() -> Iterator[None]:
         yield
 
 
-def rate_shares(layer: nn.Module) -> dict[nn.Parameter, float]:
+def rate_shares(layer: Any) -> dict[nn.Parameter, float]:
     """Of each factor: width in of the layer over width in of the factor or its blocks, over the number of factors."""
     d_in = layer.A[..., 0, :].numel()
     return {factor: d_in / factor.size(-1) / 2 for factor in (layer.A, layer.B)}

@@ -250,7 +250,7 @@ def throughput(o: Options) -> list[str]:
     best: dict[str, float] = {}
     for number, preset in enumerate(o.presets):
         rates = throughputs(o, preset, device)
-        batch = max(rates, key=rates.get)
+        batch = max(rates, key=lambda b: rates[b])
         best[preset] = rates[batch]
         over = f"{rates[batch] / best[o.presets[number - 1]] - 1:+.1%}" if number % 2 else ""
         shown = ", ".join(f"{b}: {rate:,.0f}" for b, rate in rates.items())

@@ -1,7 +1,7 @@
 """lm-eval on our model: against transformers a request at a time, lm-eval's own hf backend, and as a user runs it.
 
-.venv/bin/pytest tests/test_harness.py        CPU, about 20 s; skipped without lm-eval (417 MB, not installed by
-                                              make test): .venv/bin/pip install 'lm-eval>=0.4.13,<0.5'
+.venv/bin/pytest tests/test_harness.py        CPU, about 20 s; skipped without lm-eval (417 MB, installed by make
+                                              test-slow): .venv/bin/pip install 'lm-eval>=0.4.13,<0.5'
 """
 
 import json
@@ -223,6 +223,7 @@ def test_own_tasks_without_a_network(tasks: list[str], tokenizer: BPETokenizer, 
     assert got["own_last_words"]["perplexity,none"] == pytest.approx((-mean).exp().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_hf_backend(tasks: list[str], tokenizer: BPETokenizer, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="lm-eval's hf backend needs accelerate")
     from lm_eval.models.huggingface import HFLM

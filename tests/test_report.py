@@ -5,6 +5,8 @@
 """
 
 import json
+import math
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_here
-from test_plot import write_log
+from test_plot import BITS, write_log
 from test_spectrum import LPA, RUN, SHAPE
 
 import checkpoint
@@ -172,6 +174,28 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as error:
             report.main(parse([str(a) for a in arguments], report.Options))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_eight_runs_of_ten_thousand_logged_steps_make_a_page_below_3_mb(tmp_path: Path) -> None:
+    """With noise, evaluations and samples, as runs have them."""
+    noise = np.random.default_rng(1)
+    folders = []
+    for number in range(8):
+        folder = write_log(tmp_path / f"run_{number}", rank=8 * (number % 4), steps=10_000, seed=number)
+        first, *records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for record in records:
+            loss = 2 + 3 * math.exp(-record["step"] / 3000) + noise.normal(0, 0.1)
+            record |= dict(val_loss=loss, val_bits_per_byte=BITS * loss) if "val_loss" in record else dict(loss=loss)
+        records += [dict(step=step, sample=NASTY * 5) for step in range(0, 10_001, 1000)]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [first, *records])) + "\n")
+        folders.append(str(folder))
+    out = tmp_path / "report.html"
+    report.main(parse([*folders, f"--out={out}"], report.Options))
+    assert out.stat().st_size < 3_000_000
+    page = Page(out)
+    drawn = [path for path in re.findall(r'<path d="([^"]*)"', page.html) if path.count("L") > 100]
+    assert len(drawn) == 2 * 8  # a training and a validation curve of each run
 
 
 @pytest.mark.slow

@@ -403,6 +403,24 @@ def test_a_step_that_is_not_finite_changes_nothing(pieces: tuple) -> None:
         guard.stop_if_lost(14)
 
 
+def test_clipped_steps_are_counted_also_over_a_resume(corpus: Path, tmp_path: Path) -> None:
+    """A norm between those of the steps, against the norms in the log; a skipped step is not a clipped one."""
+    options = ["--max_steps=6", "--log_interval=1"]
+    run_here(arguments(corpus, tmp_path / "free", *options, "--learning_rate=1e-20", "--min_lr=1e-20", "--grad_clip=0"))
+    free = [line for line in read_log(tmp_path / "free") if "loss" in line]
+    assert [line["clipped"] for line in free] == [0] * 6
+    norms = [line["grad_norm"] for line in free]
+    clip = sorted(norms)[2] * 1.0001  # three of six are above it
+    options += ["--learning_rate=1e-20", "--min_lr=1e-20", f"--grad_clip={clip}"]
+    run_here(arguments(corpus, tmp_path / "run", *options, "--stop_step=3"))
+    run_here(arguments(corpus, tmp_path / "run", *options, "--resume"))
+    counted = [line["clipped"] for line in read_log(tmp_path / "run") if "loss" in line]
+    assert counted == [sum(norm > clip for norm in norms[: n + 1]) for n in range(6)]
+    guard = train.Guard(CPU)
+    guard.judge(torch.tensor(1.0), torch.tensor(math.inf))
+    assert guard.counts() == dict(skipped=1, clipped=0)
+
+
 def test_a_run_that_diverges_stops_and_says_so(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"10 steps in a row, seen at step \d+, had a loss or gradient"):
         run_here(arguments(corpus, tmp_path / "run", "--max_steps=50", "--learning_rate=1e30", "--grad_clip=0"))
@@ -535,7 +553,7 @@ def test_the_log_tells_the_setting_and_each_step(
     assert first["options"]["gpt"]["lowdim"]["q"] == 8
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 4]
-    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
+    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds", "skipped", "clipped"}
     assert all(keys <= line.keys() for line in steps)
     assert steps[-1]["tokens"] == 4 * 256
     flops = 3 * GPT(GPTConfig(vocab_size=256, **small())).flops_per_token()
@@ -550,27 +568,31 @@ def test_the_log_tells_the_setting_and_each_step(
 
 
 def test_wandb_goes_on_with_the_same_run(corpus: Path, tmp_path: Path) -> None:
-    """A stand-in for the package that notes how it was called."""
+    """A stand-in for the package that notes how it was called: all of log.jsonl reaches one run, and its options."""
     (tmp_path / "wandb.py").write_text(
         "import json, os\n"
         "class Run:\n"
         "    id = 'abc123'\n"
         "    def define_metric(self, *a, **k): pass\n"
-        "    def log(self, record): note(dict(logged=sorted(record)))\n"
+        "    def log(self, record): note(dict(logged=record))\n"
         "    def finish(self): note(dict(finished=True))\n"
         "def note(record): print(json.dumps(record), file=open(os.environ['NOTES'], 'a'))\n"
-        "def init(**options): note(dict(id=options['id'], resume=options['resume'])); return Run()\n"
+        "def init(**options): note(dict(options, dir=None)); return Run()\n"
     )
     env = {"PYTHONPATH": str(tmp_path), "NOTES": str(tmp_path / "notes")}
-    run(*arguments(corpus, tmp_path / "run", "--max_steps=2", "--wandb"), env=env)
-    run(*arguments(corpus, tmp_path / "run", "--max_steps=3", "--wandb", "--resume"), env=env)
+    options = ["--wandb", "--sample_interval=2", "--eval_interval=2"]
+    run(*arguments(corpus, tmp_path / "run", "--max_steps=2", *options), env=env)
+    run(*arguments(corpus, tmp_path / "run", "--max_steps=4", *options, "--resume"), env=env)
     notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
-    assert [note for note in notes if "id" in note] == [
-        {"id": None, "resume": "allow"},
-        {"id": "abc123", "resume": "allow"},
-    ]
-    assert any("val_loss" in note.get("logged", []) for note in notes)
+    assert [(note["id"], note["resume"]) for note in notes if "id" in note] == [(None, "allow"), ("abc123", "allow")]
+    for config in (note["config"] for note in notes if "id" in note):
+        assert config["gpt"]["lowdim"]["q"] == 8
+        assert any(line.startswith("q ") for line in config["parameters"])
     assert sum("finished" in note for note in notes) == 2
+    logged = [note["logged"] for note in notes if "logged" in note]
+    assert logged == read_log(tmp_path / "run")
+    for name in ("loss", "val_loss", "sample"):
+        assert {record["step"] for record in logged if name in record} >= {2, 4}, name
 
 
 # --- Bad input ---------------------------------------------------------------------------------------------------

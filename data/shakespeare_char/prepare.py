@@ -45,7 +45,8 @@ def read_input(path: str | None) -> bytes:
     if path is None:
         try:
             with urllib.request.urlopen(ADDRESS, timeout=30) as answer:
-                return answer.read()
+                contents = answer.read()
+            return contents
         except OSError as error:
             raise UserError(f"cannot download {ADDRESS} ({error}); give a local copy with --path=input.txt") from None
     file = Path(path) / "input.txt" if Path(path).is_dir() else Path(path)

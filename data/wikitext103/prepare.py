@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from config import UserError, parse, user_errors
 from data.texts import Piece, find_files, identity_of, read_file, split_of_name
@@ -72,7 +73,7 @@ def hub_lines() -> Iterator[tuple[str, str]]:
     except ImportError:
         raise UserError("downloading WikiText-103 needs: pip install datasets; or give local files: --path") from None
     try:
-        parts = datasets.load_dataset(*HUB)
+        parts: Any = datasets.load_dataset(*HUB)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {HUB[0]} ({type(error).__name__}); give local files with --path") from None
     for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
