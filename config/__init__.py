@@ -28,7 +28,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class UserError(Exception):
-    """Something the user can mend. Scripts print it without a traceback and exit with code 2."""
+    """Something the user can mend, in one line. Scripts print it without a traceback and exit with code 2."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split("\n"))  # a value in it, or another error's text, may have several
 
 
 @dataclass(frozen=True)

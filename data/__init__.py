@@ -162,8 +162,10 @@ def is_ours(meta: Any) -> bool:
             return False
         if not all(isinstance(shard[name], str) for shard in shards for name in ("file", "sha256")):
             return False
-    whole = all(type(count) is int and count > 0 for count in counts)
-    return whole and meta["format"] == 1 and meta["dtype"] in SHARD_MAGIC and isinstance(meta["tokenizer"], dict)
+    if not all(type(count) is int and count > 0 for count in counts) or meta["dtype"] not in SHARD_MAGIC:
+        return False
+    fits = meta["vocab_size"] <= 256 ** np.dtype(meta["dtype"]).itemsize
+    return fits and meta["format"] == 1 and isinstance(meta["tokenizer"], dict)
 
 
 def batch(
