@@ -79,7 +79,8 @@ class Corpus:
         """Tokens start, start + 1, ... of the split as int64 (length,); after the last token comes the first.
 
         A read takes half the time of opening a memory map anew, and a map that stays open makes the process grow by
-        every page it has touched (nanoGPT issue 287). Raises UserError where a shard was cut meanwhile.
+        every page it has touched (nanoGPT issue 287). Raises UserError where a shard was cut meanwhile, or holds a
+        token beyond the vocabulary.
         """
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         parts = [np.empty(0, dtype=dtype)]
@@ -93,6 +94,8 @@ class Corpus:
             part = np.fromfile(path, dtype, count, offset=header_bytes + first * dtype.itemsize)
             if len(part) < count:
                 raise UserError(f"{path} ends after {first + len(part)} tokens, wanted {first + count} or more")
+            if part.max() >= self.vocab_size:
+                raise UserError(f"{path} holds token {part.max()}, wanted below vocab_size = {self.vocab_size}")
             parts.append(part)
             start, length = start + count, length - count
         return np.concatenate(parts).astype(np.int64)
