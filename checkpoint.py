@@ -193,9 +193,9 @@ def mark_best(run: Path, step: int, val_loss: float) -> None:
     if not folder.exists():  # it could not be saved, as is told elsewhere
         return
     with telling(partial_folder(run, step)):
+        point(run, "best", folder.name)  # first: a resume evaluates again what the manifest does not know of
         manifest = json.loads((folder / "manifest.json").read_text())
         write_whole(folder / "manifest.json", sealed(manifest | dict(best_val_loss=val_loss)))
-        point(run, "best", folder.name)
 
 
 def sealed(manifest: dict[str, Any]) -> str:
