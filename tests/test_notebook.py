@@ -38,7 +38,7 @@ def test_the_notebook_runs(steps: int | None, tmp_path: Path) -> None:
     chosen.source += f"\nout = {str(tmp_path)!r}" + (f"\nsteps = {steps}" if steps else "")
     apart = {name: str(tmp_path / "jupyter") for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR")}
     place = {"metadata": {"path": str(NOTEBOOK.parent)}}  # where Jupyter starts it
-    nbclient.NotebookClient(notebook, timeout=600, resources=place).execute(env=os.environ | apart)
+    nbclient.NotebookClient(notebook, timeout=1800, resources=place).execute(env=os.environ | apart)
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     told = "".join(output.text for found in outputs.values() for output in found if output.output_type == "stream")
     pictures = [output for found in outputs.values() for output in found if "image/png" in output.get("data", {})]
