@@ -4,7 +4,11 @@
 .venv/bin/pytest -m slow tests/test_copying.py        CPU, about 5 minutes: the fast run of the presets, 3 seeds
 """
 
+import itertools
+import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -85,18 +89,40 @@ TINY += ["--window=4", "--n_embd=16", "--batch_size=8", "--task.threshold=9", "-
 TINY += ["--eval_interval=4", "--log_interval=1", "--max_steps=14", "--task.rates=note"]
 
 
-def test_a_run_stopped_between_stages_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """A threshold above every loss: the noise doubles at steps 4 and 8, where both runs are stopped too."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_here(["train.py", PRESET, *TINY, f"--out_dir={whole}"])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stops. With a threshold above every loss the noise doubles at steps 4 and 8."""
+    out = tmp_path_factory.mktemp("copying") / "whole"
+    run_here(["train.py", PRESET, *TINY, f"--out_dir={out}"])
+    return out
+
+
+def test_a_run_stopped_between_stages_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
     for stop in ("--stop_step=4", "--stop_step=8", "--stop_step=9", "--stop_step=14"):
         run_here(["train.py", PRESET, *TINY, f"--out_dir={parts}", "--resume=auto", stop])
     assert same(tensors(parts, 14), tensors(whole, 14))
     evaluations = [line for line in read_log(whole) if "val_loss" in line]
     assert [line["noise"] for line in evaluations] == [3, 6, 12, 12]
     assert {"token_accuracy", "sequence_accuracy", "alpha"} <= evaluations[-1].keys()
-    losses = [[line["loss"] for line in read_log(out) if "loss" in line] for out in (whole, parts)]
-    assert losses[0] == losses[1]
+    logged = [[(line["loss"], line["tokens"]) for line in read_log(out) if "loss" in line] for out in (whole, parts)]
+    assert logged[0] == logged[1]
+    read = [8 * (4 + noise) for noise in 4 * [3] + 4 * [6] + 6 * [12]]  # 8 sequences a step, of noise + 2 keep tokens
+    assert [tokens for _, tokens in logged[0]] == list(itertools.accumulate(read))
+
+
+def test_a_stop_within_an_evaluation_moves_the_stage_once(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal while the first evaluation measures the accuracy: what it decides is saved then, and is not due again."""
+    parts, accuracy = tmp_path / "parts", copying.accuracy
+    with monkeypatch.context() as patch:
+        patch.setattr(copying, "accuracy", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or accuracy(*a))
+        run_here(["train.py", PRESET, *TINY, f"--out_dir={parts}"])
+    assert json.loads((parts / "stopped.json").read_text())["step"] == 4
+    run_here(["train.py", PRESET, *TINY, f"--out_dir={parts}", "--resume"])
+    told = [[[line.get(key) for key in ("step", "tokens", "loss", "noise")] for line in read_log(out)] for out in (whole, parts)]
+    assert told[0] == told[1]
 
 
 def final(out: Path) -> dict:
