@@ -121,7 +121,8 @@ def test_a_stop_within_an_evaluation_moves_the_stage_once(
         run_here(["train.py", PRESET, *TINY, f"--out_dir={parts}"])
     assert json.loads((parts / "stopped.json").read_text())["step"] == 4
     run_here(["train.py", PRESET, *TINY, f"--out_dir={parts}", "--resume"])
-    told = [[[line.get(key) for key in ("step", "tokens", "loss", "noise")] for line in read_log(out)] for out in (whole, parts)]
+    keys = ("step", "tokens", "loss", "noise")
+    told = [[[line.get(key) for key in keys] for line in read_log(out)] for out in (whole, parts)]
     assert told[0] == told[1]
 
 
