@@ -103,6 +103,12 @@ class RecurrentGPT(GPT):
     def alpha_now(self) -> Tensor | float:
         return self.alpha.clamp(0, 1) if isinstance(self.alpha, Tensor) else self.alpha
 
+    @torch.no_grad()
+    def hold_alpha(self) -> None:
+        """After a step of the optimizer: beyond [0, 1] clamp has no gradient, and a learned alpha would stay there."""
+        if isinstance(self.alpha, Tensor):
+            self.alpha.clamp_(0, 1)
+
     def accumulate(self, block: Block, x: Tensor) -> Tensor:
         """The layer for any alpha, (B, T, C) -> (B, T, C), a step after the other."""
         first, *others = x.split(self.window, dim=1)
@@ -134,7 +140,7 @@ class RecurrentGPT(GPT):
         def run(h: Tensor, x: Tensor) -> Tensor:
             left = LeftHalf(block.norm1(h) if block.pre else h, rotation)
             after = None if rotation is None else rotation[:, self.window :]
-            return block.add_sublayers(x, after, left)  # pyrefly: ignore (a block asks a cache for `attend` alone)
+            return block(x, after, left)  # pyrefly: ignore (a block asks a cache for `attend` alone)
 
         if block.recompute == "none" or not torch.is_grad_enabled():
             return run(h, x)
