@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import hardware
+import optim
 import recurrent
-from config import UserError, load_config
+from config import TrainConfig, UserError, load_config
 from experiments import recurrent as comparison
 from model import GPTConfig, LowDim
 from planning import LiveStorages
@@ -208,6 +209,30 @@ def test_recomputing_whole_blocks_changes_no_gradient_under_autocast(alpha: floa
         load_config(["--model=recurrent", "--recompute=latents", f"--dtype={dtype}"])
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.05, 0.0), (0.95, 1.0)])
+def test_a_learned_alpha_comes_back_from_its_bounds(start: float, end: float) -> None:
+    model = make(start, learned=True).float()
+    (optimizer,) = optim.make_optimizers(model, TrainConfig(learning_rate=0.1))
+    model.alpha.grad = torch.tensor(start - end)  # leads beyond
+    optimizer.step()
+    assert model.alpha.item() == end
+    for _ in range(3):
+        optimizer.zero_grad()
+        ((model.alpha_now() - 0.5) ** 2).backward()
+        optimizer.step()
+    assert 0 < model.alpha.item() < 1
+
+
+def test_compiling_a_block_compiles_the_steps_that_forget() -> None:
+    """Its three shapes: the first block, the right half of a window, and all left halves at once."""
+    model, graphs = make(0.0, n_layer=1).float(), []
+    expected = model(tokens(3 * W))
+    (block,) = model.transformer.h
+    block.compile(dynamic=False, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    torch.testing.assert_close(model(tokens(3 * W)), expected)
+    assert len(graphs) == 3
+
+
 # --- Generation ----------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +258,7 @@ def held_bytes(state: recurrent.State) -> int:
 
 
 def test_a_text_of_any_length_leaves_the_same_bytes_behind() -> None:
-    """p and h of 2 layers and M tokens of an open block, of 2 texts, each of 16 floats; nothing that they are cut from."""
+    """p and h of 2 layers and an open block, of 2 texts, 16 floats a token; nothing that they are cut from."""
     model = make(0.5, pos="none", block_size=8).float()
     state, read = model.new_state(), 0
     with torch.no_grad():
@@ -293,8 +318,9 @@ def test_the_table_of_lengths_shows_what_a_text_leaves_behind(tmp_path: Path) ->
     o = comparison.Options("lengths", lengths=(32, 64), plain_up_to=64, width=16, window=8, seconds=0.01, device="cpu")
     lines = comparison.measure_lengths(dataclasses.replace(o, results=tmp_path))
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| recurrent", "| plain"))]
-    carried = {(row[0], row[1]): int(row[5].replace(",", "")) for row in rows}
+    held = {(row[0], row[1]): int(row[5].replace(",", "")) for row in rows}
     for alpha in ("0.5", "0"):
-        assert {carried[f"recurrent, alpha {alpha}", T] for T in ("32", "64")} == {2 * 8 * 16 * 4}  # p and h
-    assert carried["plain", "64"] == 2 * carried["plain", "32"] == 2 * 64 * 16 * 4  # k and v
+        assert held[f"recurrent, alpha {alpha}", "32"] == held[f"recurrent, alpha {alpha}", "64"]
+        assert held[f"recurrent, alpha {alpha}", "32"] >= (2 * 8 + 7) * 16 * 4  # p, h and the open block, and logits
+    assert held["plain", "64"] == 2 * held["plain", "32"] == 2 * 64 * 16 * 4  # k and v
     assert (tmp_path / "recurrent_lengths.png").exists()
