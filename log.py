@@ -103,9 +103,12 @@ class Log:
         if self.wandb:
             self.wandb.log(record)
 
-    def step(self, step: int, loss: float, norm: float, learning_rate: float, counts: dict[str, int]) -> None:
+    def step(
+        self, step: int, tokens: int, loss: float, norm: float, learning_rate: float, counts: dict[str, int]
+    ) -> None:
         """The steps since the clock started, as a line; loss and norm are those of the last of them.
 
+        tokens: what all steps so far have read.
         counts: how many of all steps so far were skipped, and how many had their gradient clipped.
         """
         now, self.first = time.perf_counter(), False
@@ -122,7 +125,7 @@ class Log:
             f" | {speed:,.0f} tok/s | mfu {mfu:.1%} | {minutes // 60}h{minutes % 60:02}m{seconds:02}s left{passed}"
         )
         self.write(
-            dict(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=learning_rate, grad_norm=norm)
+            dict(step=step, tokens=tokens, loss=loss, lr=learning_rate, grad_norm=norm)
             | dict(tokens_per_second=speed, mfu=mfu, seconds=self.seconds)
             | counts
         )

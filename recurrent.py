@@ -15,7 +15,7 @@ Shapes: B batch, T time, C n_embd, W window, M tokens of a block.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from decode import draw
-from model import GPT, Attention, Block, Dense, GPTConfig, LowRank, attend, describe, project
+from model import GPT, Attention, Block, GPTConfig, attend, describe, project, rotations
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class RecurrentGPT(GPT):
     def __init__(self, c: GPTConfig, r: RecurrentConfig, seed: int | None = 1) -> None:
         super().__init__(c, seed)
         self.recurrent, self.window, self.forgets = r, r.window, r.alpha == 0 and not r.alpha_learned
+        if c.pos == "rope":  # of the places in a window, which may be longer than the texts it is trained on
+            self.rotation = rotations(replace(c, block_size=2 * r.window), self.lm_head.weight.device)
         self.alpha = nn.Parameter(torch.tensor(r.alpha)) if r.alpha_learned else r.alpha
 
     def hidden(self, idx: Tensor, cache: State | None = None, last: bool = False) -> Tensor:
@@ -101,6 +103,12 @@ class RecurrentGPT(GPT):
     def alpha_now(self) -> Tensor | float:
         return self.alpha.clamp(0, 1) if isinstance(self.alpha, Tensor) else self.alpha
 
+    @torch.no_grad()
+    def hold_alpha(self) -> None:
+        """After a step of the optimizer: beyond [0, 1] clamp has no gradient, and a learned alpha would stay there."""
+        if isinstance(self.alpha, Tensor):
+            self.alpha.clamp_(0, 1)
+
     def accumulate(self, block: Block, x: Tensor) -> Tensor:
         """The layer for any alpha, (B, T, C) -> (B, T, C), a step after the other."""
         first, *others = x.split(self.window, dim=1)
@@ -132,7 +140,7 @@ class RecurrentGPT(GPT):
         def run(h: Tensor, x: Tensor) -> Tensor:
             left = LeftHalf(block.norm1(h) if block.pre else h, rotation)
             after = None if rotation is None else rotation[:, self.window :]
-            return block.add_sublayers(x, after, left)  # pyrefly: ignore (a block asks a cache for `attend` alone)
+            return block(x, after, left)  # pyrefly: ignore (a block asks a cache for `attend` alone)
 
         if block.recompute == "none" or not torch.is_grad_enabled():
             return run(h, x)
@@ -146,14 +154,14 @@ class RecurrentGPT(GPT):
         while x.size(1):
             held = 0 if state.open is None else state.open.size(1)
             new, x = x[:, : self.window - held], x[:, self.window - held :]
-            y = new if state.open is None else torch.cat([state.open, new], dim=1)  # (B, M, C)
+            y = new.clone() if state.open is None else torch.cat([state.open, new], dim=1)  # (B, M, C)
             state.length += new.size(1)
             whole = y.size(1) == self.window
             state.open = None if whole else y
             for layer, block in enumerate(self.transformer.h):
                 before = state.carried[layer]
                 p, h = (y, self.apply_block(block, y)) if before is None else self.step(block, *before, y)
-                if whole:  # copies, as a view would keep the whole window alive
+                if whole:  # copies, as above, for a view would keep all that it is cut from alive
                     state.carried[layer] = p.clone(), h.clone()
                 y = self.close(block, p, h)
             found.append(y[:, held:])
@@ -164,11 +172,7 @@ class RecurrentGPT(GPT):
 
     def flops_per_token(self, context: int | None = None) -> int:
         """As GPT's, with each block passed twice, in windows of 2 W tokens: the same at any context."""
-        c = self.config
-        layers = [m for m in self.transformer.h.modules() if isinstance(m, Dense | LowRank)]
-        matrices = sum(p.numel() for m in layers for name, p in m.named_parameters() if name != "bias")
-        widths = 2 * c.heads_dim + c.n_head * (c.rope_dim or 0)
-        return 2 * (2 * matrices + 2 * self.window * c.n_layer * widths) + 2 * self.lm_head.weight.numel()
+        return 2 * super().flops_per_token(2 * self.window) - 2 * self.lm_head.weight.numel()  # the head is passed once
 
     def __repr__(self) -> str:
         r = self.recurrent
@@ -228,14 +232,15 @@ def generate(
     block_size = model.config.block_size
     kept = max(1, block_size // 2)
     state, new = model.new_state(), idx[:, -block_size:] if ends else idx
-    recent = new[:, -kept:]
+    recent = new[:, -kept:] if ends else None  # what a text begins anew with
     for _ in range(tokens):
-        if ends and state.length + new.size(1) > block_size:
+        if recent is not None and state.length + new.size(1) > block_size:
             if beyond == "stop":
                 return
             state, new = model.new_state(), recent
         for part in new.split(model.window, dim=1):  # so that a long prompt needs no more than a short one
             logits = model(part, cache=state, last=True)[:, -1, :vocab_size].float()  # (B, V)
         new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)
-        recent = torch.cat([recent, new], dim=1)[:, -kept:]
+        if recent is not None:
+            recent = torch.cat([recent, new], dim=1)[:, -kept:]
         yield new[:, 0]

@@ -79,13 +79,15 @@ def pretrain(c: TrainConfig, world: World) -> None:
     order = dict(data=train_data.fingerprint, seed=c.seed, tokens_per_step=tokens_per_step, optimizer=c.optimizer)
     if guided_steps:
         order |= dict(guided_steps=guided_steps, new_steps=new_steps)
-    state: dict[str, Any] = dict(step=0, seconds=0.0, best_val_loss=None, wandb_id=None)
+    state: dict[str, Any] = dict(step=0, tokens=0, seconds=0.0, best_val_loss=None, wandb_id=None)
     state |= dict(stage=stage, guard=None, scaler=None)
     saved_state = tuple(state)
     state |= dict(order=order, options=dataclasses.asdict(c))
     folder, manifest = world.from_rank_0(lambda: prepare_run(run, c, state))
     if folder is not None:
         state |= {name: manifest.get(name) for name in saved_state}
+        if state["tokens"] is None:  # a checkpoint of before they were counted
+            state["tokens"] = state["step"] * tokens_per_step
         if automatic:  # as the run began, whatever this machine would choose today
             c = dataclasses.replace(c, dtype=manifest["options"]["dtype"])
             state["options"]["dtype"] = c.dtype
@@ -164,11 +166,12 @@ def pretrain(c: TrainConfig, world: World) -> None:
         batches = micro_batches(train_data, c, step % new_steps, micro_steps, world)
         loss, norm = train_step(spread, batches, micro_steps, optimizers, scaler, guard, c, world)
         state["step"] = step = step + 1
+        state["tokens"] += round(tokens_per_step * log.length_share)
 
         unguided_from_here = guiding and step == guided_steps
         saving = step == last_step or unguided_from_here or due(step, c.save_interval)
         if log.first or saving or any(due(step, n) for n in (c.log_interval, c.eval_interval, c.sample_interval)):
-            log.step(step, loss.item(), norm.item(), rate, guard.counts())  # here alone the host waits
+            log.step(step, state["tokens"], loss.item(), norm.item(), rate, guard.counts())  # here alone the host waits
             guard.stop_if_lost(step)
         if unguided_from_here:
             structured.drop_guides(model, optimizers)
@@ -177,7 +180,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
 
     if reason and reason not in parallel.LOST and saved_step != step:
         if step > first_step and step != log.clock_step:
-            log.step(step, loss.item(), norm.item(), rate, guard.counts())
+            log.step(step, state["tokens"], loss.item(), norm.item(), rate, guard.counts())
         saved_step = save()
     saver.wait()
     world.from_rank_0(saver.close)  # here a save that failed becomes an error
@@ -361,8 +364,8 @@ def evaluation_due(
     """`evaluated` are the steps with whose evaluation an earlier start of the run was done."""
     if step == 0:
         return c.init_from is not None and step not in evaluated
-    if stage and step < last_step:
-        return due(step, c.eval_interval)  # again after a resume: it decides the next stage
+    if stage and step < last_step:  # again after a resume, but where it has decided the next stage
+        return due(step, c.eval_interval) and stage.get("decided") != step
     return step not in evaluated and (step == last_step or due(step, c.eval_interval))
 
 
@@ -375,7 +378,7 @@ def report_evaluation(
     extra = copy_report(model, val_data, c, world, stage) if stage and isinstance(val_data, Copying) else {}
     log.evaluation(step, loss, loss * val_data.tokens / val_data.bytes / math.log(2), extra)
     if stage and step < log.last_step and math.isfinite(loss):
-        state["stage"] = copying.next_stage(c.task, stage, loss)
+        state["stage"] = copying.next_stage(c.task, stage, loss) | dict(decided=step)
 
 
 def write_sample(model: GPT, tokenizer: Tokenizer, c: TrainConfig, world: World) -> str:

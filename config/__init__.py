@@ -124,7 +124,7 @@ class TrainConfig:
     """torch.compile of the whole model or of one block; auto = see hardware.choose_compile."""
     recompute: Literal["none", "latents", "block"] = "none"
     """What backward rebuilds to save memory. latents: all but attention and the products over the model width, a few
-    percent slower; block: whole blocks, a third slower; none: nothing."""
+    percent slower, not of a recurrent model; block: whole blocks, a third slower; none: nothing."""
 
     shard: bool = False
     """Spread weights, gradients and optimizer state over the ranks (FSDP), each block gathered while it computes."""
@@ -184,6 +184,8 @@ class TrainConfig:
             raise ValueError(f"self_guided is {self.self_guided}, wanted 0 for model = {self.model!r}")
         if self.self_guided and not any(vars(self.gpt.lowdim).values()):
             raise ValueError(f"self_guided is {self.self_guided}, wanted 0, as lowdim leaves every matrix dense")
+        if self.recompute == "latents" and self.model != "gpt":  # its rules are for one pass of a block, not for many
+            raise ValueError(f"recompute is latents, wanted block or none for model = {self.model!r}")
         if self.shard:
             for name, free in (("model", "gpt"), ("sample_interval", 0)):
                 if getattr(self, name) != free:

@@ -3,8 +3,8 @@
 launch    python train.py config/copy_small.py
           python train.py config/copy_small.py --alpha=0 --alpha_learned=false       the control, which cannot
 hardware  2 CPU cores
-time      not measured
-accuracy  every token, from step 200 on with all 128 of noise; one seed (results/recurrent.md)
+time      20 s of training on 1 thread of a shared machine
+accuracy  every token of 3 seeds, with all 128 of noise; the control 0.25 (results/recurrent_copy_small.md)
 """
 
 out_dir = "out/copy_small"

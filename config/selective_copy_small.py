@@ -2,8 +2,8 @@
 
 launch    python train.py config/selective_copy_small.py
 hardware  2 CPU cores
-time      not measured
-accuracy  not measured
+time      523 s of training on 1 thread of a shared machine, mean of 3 seeds
+accuracy  0.994 of the tokens, mean of 3 seeds (results/recurrent_selective_copy_small.md)
 """
 
 from config.copy_small import *  # noqa: F403

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from data.copying import Copying
+from data.copying import TASKS, Copying
 from data.shards import HEADER_BYTES, SHARD_MAGIC, check_shard, describe_foreign, foreign_files
 from data.tokenizers import load_tokenizer
 
@@ -134,6 +134,8 @@ def corpus_folder(dataset: str) -> Path:
     for folder in places:
         if foreign_files(folder):
             return folder
+    if dataset in TASKS:
+        raise UserError(f"{dataset} is made as it is read, no corpus: its figures are in log.jsonl of its run")
     ready = ", ".join(sorted(script.parent.name for script in DATA.glob("*/prepare.py")))
     raise UserError(
         f"no corpus {dataset} below {DATA.name}/, no {Path(dataset) / 'meta.json'} and no train.bin; prepare your "

@@ -96,7 +96,10 @@ def open_task(c: TrainConfig, split: str, noise: int) -> Copying:
 
 
 def first_stage(task: CopyTask) -> dict[str, float]:
-    """noise: the L of now. rate: what the learning rate is multiplied by. top: what it was when L came to this."""
+    """noise: the L of now. rate: what the learning rate is multiplied by. top: what it was when L came to this.
+
+    train.py adds `decided`: the step whose evaluation chose the stage.
+    """
     noise = task.start_noise or task.noise
     share = 1 - 0.5 * noise / (task.noise + 2 * task.keep) if task.rates == "note" else 1.0
     return dict(noise=noise, rate=share, top=share)

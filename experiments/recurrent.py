@@ -7,11 +7,13 @@
     python -m experiments.recurrent copy
     python -m experiments.recurrent selective_copy
 
-Writes results/recurrent_WHAT.md. Runs go below out/recurrent/; one that is there is not repeated, one that was stopped
-goes on. `lengths` trains on one sequence at a time: the seconds are those of forward and backward, the memory is what a
-forward pass leaves alive for backward; in generation what is carried from token to token.
+Writes results/recurrent_WHAT.md, or with --only or --flags a file that is named by them too. Runs go below
+out/recurrent/; one that is there is not repeated, one that was stopped goes on, one of other options is an error.
+`lengths` trains on one sequence at a time: the seconds are those of forward and backward, the memory is what a forward
+pass leaves alive for backward; in generation all that is alive between two tokens.
 """
 
+import dataclasses
 import datetime
 import json
 import re
@@ -27,13 +29,14 @@ from typing import Any, Literal
 import torch
 import tyro
 
+import checkpoint
 import decode
 import hardware
-from config import UserError, load_config, parse, user_errors
-from experiments import plot
+from config import TrainConfig, UserError, load_config, parse, user_errors
+from experiments import lpa_runs, plot
 from model import GPT, GPTConfig
 from planning import LiveStorages
-from recurrent import RecurrentConfig, RecurrentGPT, State, new_model
+from recurrent import RecurrentConfig, RecurrentGPT, State, generate, new_model
 
 FORGET = ["--alpha=0", "--alpha_learned=false"]
 SIX = ["--n_layer=6", "--min_lr=1e-4"]
@@ -96,7 +99,8 @@ def main(o: Options) -> None:
     head.append(f"Command: `python -m experiments.recurrent {shlex.join(sys.argv[1:])}`\n")
     text = "\n".join([*head, *lines]) + "\n"
     o.results.mkdir(parents=True, exist_ok=True)
-    (o.results / f"recurrent_{o.what}.md").write_text(text)
+    name = "_".join(["recurrent", o.what, *re.findall(r"\w+", f"{o.only} {o.flags}")])
+    (o.results / f"{name}.md").write_text(text)
     print(text)
 
 
@@ -106,16 +110,17 @@ def main(o: Options) -> None:
 def compare(o: Options) -> list[str]:
     """A row for each model: the last evaluation of its runs, the mean over seeds."""
     lines = ["| model | parameters | FLOPs a token, forward | kept for backward, bytes a token | steps | training s |"]
-    lines[-1] += " val loss | tokens right | all right |"
-    lines.append("|---" * 9 + "|")
+    last = ["best_val_loss"] if o.what == "shakespeare" else ["token_accuracy", "sequence_accuracy"]
+    lines[-1] += " val loss |" + (" best val loss |" if o.what == "shakespeare" else " tokens right | all right |")
+    lines.append("|---" * lines[-1].count(" |") + "|")
     for name, arguments in ((name, arguments) for name, arguments in ARMS[o.what].items() if o.only in name):
         runs = [trained(o, name, arguments, seed) for seed in range(1, o.seeds + 1)]
         c = load_config([*arguments, *shlex.split(o.flags)])
         model = new_model(c.model, c.gpt, c.recurrent, c.seed)
         kept = kept_for_backward(model, c.gpt.block_size)
-        shares = [shown(runs, share) for share in ("token_accuracy", "sequence_accuracy")]
         cells = [name, f"{model.n_params():,}", f"{model.flops_per_token():,}", f"{kept:,.0f}", f"{runs[0]['step']}"]
-        cells += [f"{statistics.mean(run['seconds'] for run in runs):.0f}", shown(runs, "val_loss"), *shares]
+        cells += [f"{statistics.mean(run['seconds'] for run in runs):.0f}"]
+        cells += [shown(runs, figure) for figure in ("val_loss", *last)]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, f"\nSeeds: {o.seeds}; of several the mean, and in brackets each."]
 
@@ -129,11 +134,16 @@ def shown(runs: list[dict[str, Any]], name: str) -> str:
 
 
 def trained(o: Options, name: str, arguments: list[str], seed: int) -> dict[str, Any]:
-    """The last evaluation of a run and its seconds of training, run by train.py unless it is there."""
+    """The last evaluation of a run and its seconds of training, run by train.py unless it is there.
+
+    Raises UserError where the folder is of other options, such as those that the preset had before, or did not finish.
+    """
     words = "_".join(re.findall(r"\w+", f"{name} {o.flags}"))
     out = Path("out/recurrent") / f"{o.what}_{words}_{seed}"
     flags = [*shlex.split(o.flags), f"--seed={seed}", f"--out_dir={out}", f"--device={o.device}", "--resume=auto"]
     c = load_config([*arguments, *flags])
+    if changed := other_options(out, c):
+        raise UserError(f"{out} is of another run ({'; '.join(changed)}): move it away")
     if last_evaluation(out, c.max_steps) is None:
         script = str(Path(__file__).parent.parent / "train.py")
         subprocess.run([sys.executable, script, *arguments, *flags])
@@ -143,13 +153,28 @@ def trained(o: Options, name: str, arguments: list[str], seed: int) -> dict[str,
     return found
 
 
+def other_options(out: Path, c: TrainConfig) -> list[str]:
+    """What the first record of a run's log has otherwise, but for what train.py fills in by itself."""
+    if not (out / "log.jsonl").exists():
+        return []
+    with open(out / "log.jsonl") as log:
+        saved = json.loads(log.readline())["options"]
+    wanted = dataclasses.asdict(c)
+    wanted["dtype"] = saved["dtype"] if c.dtype == "auto" else c.dtype
+    wanted["gpt"]["vocab_size"] = c.gpt.vocab_size or saved["gpt"]["vocab_size"]
+    return checkpoint.differences(lpa_runs.comparable(saved), lpa_runs.comparable(wanted))
+
+
 def last_evaluation(out: Path, steps: int) -> dict[str, Any] | None:
     if not (out / "log.jsonl").exists():
         return None
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["step"] == steps and "val_loss" in line]
+    evaluations = [line for line in lines if line.get("val_loss") is not None]
     seconds = [line["seconds"] for line in lines if "seconds" in line]
-    return last[-1] | dict(seconds=seconds[-1]) if last and seconds else None
+    if not evaluations or evaluations[-1]["step"] != steps or not seconds:
+        return None
+    best = min(line["val_loss"] for line in evaluations)
+    return evaluations[-1] | dict(seconds=seconds[-1], best_val_loss=best)
 
 
 # --- What a longer text costs --------------------------------------------------------------------------------------
@@ -166,7 +191,7 @@ class Cost:
     generate_us: float
     """Microseconds of the next token after T."""
     generate_bytes: int
-    """What is carried from token to token."""
+    """What is alive between two tokens of a text; of a plain model its keys and values alone."""
 
 
 def measure_lengths(o: Options) -> list[str]:
@@ -189,7 +214,7 @@ def measure_lengths(o: Options) -> list[str]:
     draw(o, costs)
     lines = [f"One layer of width {o.width}, blocks of {o.window} tokens, float32, one sequence.\n"]
     lines += ["| model | tokens | training, µs a token | kept for backward, bytes a token |", "|---|---|---|---|"]
-    lines[-2] += " generation, µs a token | carried, bytes |"
+    lines[-2] += " generation, µs a token | held in generation, bytes |"
     lines[-1] += "---|---|"
     for name, by_length in costs.items():
         for T, x in by_length.items():
@@ -207,10 +232,10 @@ def cost(model: GPT, T: int, o: Options, device: torch.device) -> Cost:
 
     seconds, kept = hardware.fastest(step, device, o.seconds), kept_for_backward(model, T)
     model.eval()
-    following, carried = text_of(model, T, o.window)
+    following, held = text_of(model, T, o.window), held_in_generation(model, T, o.window)
     each = hardware.fastest(following, device, o.seconds) / o.window
     model.train()
-    return Cost(1e6 * seconds / T, kept, 1e6 * each, carried)
+    return Cost(1e6 * seconds / T, kept, 1e6 * each, held)
 
 
 def kept_for_backward(model: GPT, T: int) -> float:
@@ -224,19 +249,17 @@ def kept_for_backward(model: GPT, T: int) -> float:
 
 
 @torch.inference_mode()
-def text_of(model: GPT, T: int, window: int) -> tuple[Callable[[], None], int]:
-    """What reads `window` more tokens, one by one, after T tokens, and the bytes that are carried there."""
+def text_of(model: GPT, T: int, window: int) -> Callable[[], None]:
+    """What reads `window` more tokens, one by one, after T tokens."""
     device = model.lm_head.weight.device
     if isinstance(model, RecurrentGPT):
         state = model.new_state()
         for part in torch.randint(128, (1, T - T % window), device=device).split(window, dim=1):
             model(part, cache=state, last=True)
-        held = [t for pair in state.carried if pair for t in pair]
     else:
         cache = decode.new_cache(model, 1)
         for values in cache.held.values():
             values.normal_()  # what they are costs no time
-        held = [values[..., :T, :] for values in cache.held.values()]
 
     @torch.inference_mode()
     def following() -> None:
@@ -245,7 +268,19 @@ def text_of(model: GPT, T: int, window: int) -> tuple[Callable[[], None], int]:
         for _ in range(window):
             model(torch.zeros(1, 1, dtype=torch.long, device=device), cache=at, last=True)
 
-    return following, sum(t.numel() * t.element_size() for t in held)
+    return following
+
+
+def held_in_generation(model: GPT, T: int, window: int) -> int:
+    """Bytes of all that is alive in `recurrent.generate`, whole blocks of T tokens and one block less a token after."""
+    if not isinstance(model, RecurrentGPT):
+        return sum(values[..., :T, :].nbytes for values in decode.new_cache(model, 1).held.values())
+    prompt = torch.zeros(1, T - T % window, dtype=torch.long, device=model.lm_head.weight.device)
+    with LiveStorages() as storages:
+        text = generate(model, prompt, window, 128)
+        for _ in range(window):
+            next(text)
+        return storages.bytes()
 
 
 def draw(o: Options, costs: dict[str, dict[int, Cost]]) -> None:
@@ -256,7 +291,7 @@ def draw(o: Options, costs: dict[str, dict[int, Cost]]) -> None:
         axes[0].plot(T, [x.train_us * t / 1e6 for t, x in by_length.items()], label=name, **plot.style(number))
         axes[1].plot(T, [x.generate_bytes for x in by_length.values()], label=name, **plot.style(number))
     axes[0].set(ylabel="training: s a sequence, forward and backward")
-    axes[1].set(ylabel="generation: bytes carried from token to token")
+    axes[1].set(ylabel="generation: bytes held between two tokens")
     for ax in axes:
         ax.set(xscale="log", yscale="log", xlabel="tokens")
     plot.add_legend(figure, axes[0])

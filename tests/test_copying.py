@@ -4,7 +4,11 @@
 .venv/bin/pytest -m slow tests/test_copying.py        CPU, about 5 minutes: the fast run of the presets, 3 seeds
 """
 
+import itertools
+import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,11 @@ from conftest import read_log, run_here
 from test_train import same, tensors
 
 import data
+import eval as evaluation
 from config import CopyTask, UserError, load_config
 from data import copying
 from data.tokenizers import load_tokenizer
+from experiments import recurrent as comparison
 
 PRESET = "config/copy_small.py"
 
@@ -85,18 +91,66 @@ TINY += ["--window=4", "--n_embd=16", "--batch_size=8", "--task.threshold=9", "-
 TINY += ["--eval_interval=4", "--log_interval=1", "--max_steps=14", "--task.rates=note"]
 
 
-def test_a_run_stopped_between_stages_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """A threshold above every loss: the noise doubles at steps 4 and 8, where both runs are stopped too."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_here(["train.py", PRESET, *TINY, f"--out_dir={whole}"])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stops. With a threshold above every loss the noise doubles at steps 4 and 8."""
+    out = tmp_path_factory.mktemp("copying") / "whole"
+    run_here(["train.py", PRESET, *TINY, f"--out_dir={out}"])
+    return out
+
+
+def test_a_run_stopped_between_stages_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
     for stop in ("--stop_step=4", "--stop_step=8", "--stop_step=9", "--stop_step=14"):
         run_here(["train.py", PRESET, *TINY, f"--out_dir={parts}", "--resume=auto", stop])
     assert same(tensors(parts, 14), tensors(whole, 14))
     evaluations = [line for line in read_log(whole) if "val_loss" in line]
     assert [line["noise"] for line in evaluations] == [3, 6, 12, 12]
     assert {"token_accuracy", "sequence_accuracy", "alpha"} <= evaluations[-1].keys()
-    losses = [[line["loss"] for line in read_log(out) if "loss" in line] for out in (whole, parts)]
-    assert losses[0] == losses[1]
+    logged = [[(line["loss"], line["tokens"]) for line in read_log(out) if "loss" in line] for out in (whole, parts)]
+    assert logged[0] == logged[1]
+    read = [8 * (4 + noise) for noise in 4 * [3] + 4 * [6] + 6 * [12]]  # 8 sequences a step, of noise + 2 keep tokens
+    assert [tokens for _, tokens in logged[0]] == list(itertools.accumulate(read))
+
+
+def test_a_stop_within_an_evaluation_moves_the_stage_once(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal while the first evaluation measures accuracy: what it decides is saved then, and not due again."""
+    parts, accuracy = tmp_path / "parts", copying.accuracy
+    with monkeypatch.context() as patch:
+        patch.setattr(copying, "accuracy", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or accuracy(*a))
+        run_here(["train.py", PRESET, *TINY, f"--out_dir={parts}"])
+    assert json.loads((parts / "stopped.json").read_text())["step"] == 4
+    run_here(["train.py", PRESET, *TINY, f"--out_dir={parts}", "--resume"])
+    keys = ("step", "tokens", "loss", "noise")
+    told = [[[line.get(key) for key in keys] for line in read_log(out)] for out in (whole, parts)]
+    assert told[0] == told[1]
+
+
+def test_eval_says_where_the_figures_of_a_task_are(whole: Path) -> None:
+    with pytest.raises(UserError, match=r"copy is made as it is read, no corpus: its figures are in log\.jsonl"):
+        evaluation.main(evaluation.EvalConfig(whole, device="cpu"))
+
+
+def test_a_run_of_other_options_is_not_taken_for_the_one_that_is_asked_for(whole: Path) -> None:
+    """The steps of a preset that was edited, or other flags; not the folder."""
+    asked = [PRESET, *TINY]
+    assert comparison.other_options(whole, load_config(asked)) == []
+    changed = comparison.other_options(whole, load_config([*asked, "--learning_rate=2e-3"]))
+    assert changed == ["learning_rate: the checkpoint has None, this run 0.002"]
+    found = comparison.last_evaluation(whole, 14)
+    losses = [line["val_loss"] for line in read_log(whole) if "val_loss" in line]
+    assert (found["val_loss"], found["best_val_loss"]) == (losses[-1], min(losses))
+    assert comparison.last_evaluation(whole, 12) is None
+
+
+def test_a_part_of_a_comparison_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "compare", lambda o: ["a table"])
+    for only, flags in (("", ""), ("plain", "--task.noise=64")):
+        comparison.main(comparison.Options("copy_small", only=only, flags=flags, device="cpu", results=tmp_path))
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"recurrent_copy_small.md", "recurrent_copy_small_plain_task_noise_64.md"}
 
 
 def final(out: Path) -> dict:

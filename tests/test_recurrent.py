@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
+import hardware
+import optim
 import recurrent
+from config import TrainConfig, UserError, load_config
 from experiments import recurrent as comparison
 from model import GPTConfig, LowDim
+from planning import LiveStorages
 from recurrent import RecurrentConfig, RecurrentGPT
 
 W = 4
@@ -149,6 +153,24 @@ def test_flops_grow_as_the_length_and_are_those_that_are_counted(alpha: float) -
     assert counted[256] / 512 == pytest.approx(model.flops_per_token() - attention + again, rel=0.03)
 
 
+def test_flops_of_blocks_in_factors_are_counted() -> None:
+    """Against the products that were made, in which the counter sees no fused attention."""
+    model = make(0.5, lowdim=LowDim(q="blockdense:4:2", up="blockshuffle:2"))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens(64))
+    attention = 4 * model.window * model.config.n_layer * model.config.heads_dim * 2
+    assert counter.get_total_flops() / 128 == pytest.approx(model.flops_per_token() - attention, rel=0.05)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_window_longer_than_the_texts_of_training_still_rotates(alpha: float) -> None:
+    model, wide = (make(alpha, pos="rope", block_size=size) for size in (W + 1, 64))
+    text = tokens(3)
+    drawn = torch.stack(list(recurrent.generate(model, text, 3 * W, vocab_size=20, temperature=0)), dim=1)
+    expected = torch.stack(list(recurrent.generate(wide, text, 3 * W, vocab_size=20, temperature=0)), dim=1)
+    assert torch.equal(drawn, expected)
+
+
 def test_the_loss_of_fewer_targets_is_that_of_the_last_positions() -> None:
     model, idx = make(0.5), tokens(11)
     expected = torch.nn.functional.cross_entropy(model(idx)[:, -3:].flatten(0, 1), tokens(3).flatten())
@@ -168,6 +190,47 @@ def test_recomputing_and_compiling_change_no_gradient(alpha: float) -> None:
         grads[kind] = [p.grad for p in model.parameters()]
     torch.testing.assert_close(grads["recompute"], grads["plain"])
     torch.testing.assert_close(grads["compile"], grads["plain"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_recomputing_whole_blocks_changes_no_gradient_under_autocast(alpha: float, dtype: str) -> None:
+    grads = []
+    for recompute in ("none", "block"):
+        model = make(alpha).float().train()
+        for block in model.transformer.h:
+            block.recompute = recompute
+        with hardware.autocast(torch.device("cpu"), dtype):
+            loss = model(tokens(18), tokens(18, seed=1))
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+    with pytest.raises(UserError, match="recompute is latents, wanted block or none for model = 'recurrent'"):
+        load_config(["--model=recurrent", "--recompute=latents", f"--dtype={dtype}"])
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.05, 0.0), (0.95, 1.0)])
+def test_a_learned_alpha_comes_back_from_its_bounds(start: float, end: float) -> None:
+    model = make(start, learned=True).float()
+    (optimizer,) = optim.make_optimizers(model, TrainConfig(learning_rate=0.1))
+    model.alpha.grad = torch.tensor(start - end)  # leads beyond
+    optimizer.step()
+    assert model.alpha.item() == end
+    for _ in range(3):
+        optimizer.zero_grad()
+        ((model.alpha_now() - 0.5) ** 2).backward()
+        optimizer.step()
+    assert 0 < model.alpha.item() < 1
+
+
+def test_compiling_a_block_compiles_the_steps_that_forget() -> None:
+    """Its three shapes: the first block, the right half of a window, and all left halves at once."""
+    model, graphs = make(0.0, n_layer=1).float(), []
+    expected = model(tokens(3 * W))
+    (block,) = model.transformer.h
+    block.compile(dynamic=False, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    torch.testing.assert_close(model(tokens(3 * W)), expected)
+    assert len(graphs) == 3
 
 
 # --- Generation ----------------------------------------------------------------------------------------------------
@@ -195,16 +258,26 @@ def held_bytes(state: recurrent.State) -> int:
 
 
 def test_a_text_of_any_length_leaves_the_same_bytes_behind() -> None:
+    """p and h of 2 layers and an open block, of 2 texts, 16 floats a token; nothing that they are cut from."""
     model = make(0.5, pos="none", block_size=8).float()
-    state, sizes = model.new_state(), []
+    state, read = model.new_state(), 0
     with torch.no_grad():
-        for _ in range(8):
-            model(tokens(41), cache=state, last=True)
-            if state.open is None or state.open.size(1) == 1:
-                sizes.append(held_bytes(state) - (0 if state.open is None else state.open.untyped_storage().nbytes()))
-    assert len(set(sizes)) == 1
-    assert sizes[0] == 2 * 2 * 2 * W * 16 * 4  # p and h of 2 layers, 2 texts, W tokens of 16 floats
-    assert len(list(recurrent.generate(model, tokens(9), 40, vocab_size=20))) == 40  # far beyond block_size
+        for length in (41, 42, 43, 38, 164):
+            model(tokens(length), cache=state, last=True)
+            read += length
+            assert held_bytes(state) == (2 * 2 * W + read % W) * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("pos", ["none", "rope"])
+def test_generation_holds_the_same_bytes_after_any_number_of_tokens(pos: str) -> None:
+    """All storages that are alive whenever a block has as many tokens, far on both sides of block_size."""
+    model, alive = make(0.5, pos=pos, block_size=64).float(), []
+    with LiveStorages() as storages:
+        for number, _ in enumerate(recurrent.generate(model, tokens(W, seed=2), 30 * W, vocab_size=20)):
+            if number >= 2 * W and number % W == 0:
+                alive.append(storages.now)
+    assert len(alive) == 28
+    assert len(set(alive)) == 1
 
 
 def test_learned_positions_end_or_begin_anew() -> None:
@@ -245,8 +318,9 @@ def test_the_table_of_lengths_shows_what_a_text_leaves_behind(tmp_path: Path) ->
     o = comparison.Options("lengths", lengths=(32, 64), plain_up_to=64, width=16, window=8, seconds=0.01, device="cpu")
     lines = comparison.measure_lengths(dataclasses.replace(o, results=tmp_path))
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| recurrent", "| plain"))]
-    carried = {(row[0], row[1]): int(row[5].replace(",", "")) for row in rows}
+    held = {(row[0], row[1]): int(row[5].replace(",", "")) for row in rows}
     for alpha in ("0.5", "0"):
-        assert {carried[f"recurrent, alpha {alpha}", T] for T in ("32", "64")} == {2 * 8 * 16 * 4}  # p and h
-    assert carried["plain", "64"] == 2 * carried["plain", "32"] == 2 * 64 * 16 * 4  # k and v
+        assert held[f"recurrent, alpha {alpha}", "32"] == held[f"recurrent, alpha {alpha}", "64"]
+        assert held[f"recurrent, alpha {alpha}", "32"] >= (2 * 8 + 7) * 16 * 4  # p, h and the open block, and logits
+    assert held["plain", "64"] == 2 * held["plain", "32"] == 2 * 64 * 16 * 4  # k and v
     assert (tmp_path / "recurrent_lengths.png").exists()
