@@ -169,13 +169,14 @@ def read_csv(path: Path) -> list[tuple[float, float, float]]:
 def report(o: Options, f: Fit) -> list[str]:
     p, law = f.points, f.law
     rms = np.sqrt(np.mean((np.log(p.loss) - np.log(law.loss(p.N, p.D))) ** 2))
-    span = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, low, high in ranges(p))
+    span = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in p.ranges().items())
     lines = [f"## {p.name}\n", f"{len(p.loss)} runs: {span}. The residual of ln L is {rms:.2g} (root mean square).\n"]
     lines += ["| | best fit | standard error | 5 % | 95 % |", "|---|---|---|---|---|"]
     for name in ("E", "A", "alpha", "B", "beta"):
         value, low, high = f.interval(lambda law, name=name: getattr(law, name))
         error = f.error(lambda law, name=name: getattr(law, name))
-        lines.append(f"| {name} | {value:.5g} | {error:.2g} | {low:.4g} | {high:.4g} |")
+        cells = shown(value, ".5g"), shown(error, ".2g"), shown(low, ".4g"), shown(high, ".4g")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", *optimal(o, f), *gamma_lines(o, f)]
     return [*lines, *(f"- Note: {note}." for note in f.notes)]
 
@@ -192,25 +193,20 @@ def other_count(o: Options, paths: tuple[Path, ...]) -> list[str]:
     return [f"- With N counting {COUNTS[count]}: E {law.E:.4g}, alpha {law.alpha:.3f}, beta {law.beta:.3f}."]
 
 
-def ranges(p: Points) -> list[tuple[str, float, float]]:
-    return [(name, values.min(), values.max()) for name, values in (("N", p.N), ("D", p.D), ("loss", p.loss))]
-
-
 def budget_of(o: Options, fits: list[Fit]) -> float:
     """The FLOPs at which to look: asked for, or those that every family has reached."""
-    return o.budget or min(float((6 * f.points.N * f.points.D).max()) for f in fits)
+    return o.budget or min(f.points.ranges()["C"][1] for f in fits)
 
 
 def optimal(o: Options, f: Fit) -> list[str]:
     C, D = budget_of(o, [f]), o.tokens or float(f.points.D.max())
-    shown = [spread(f, lambda law, i=i: law.optimum(C)[i]) for i in (0, 1)]
+    N_best, D_best = (spread(f, lambda law, i=i: possible(law.optimum(C)[i])) for i in (0, 1))
     loss = spread(f, lambda law: law.loss(*law.optimum(C)))
-    lines = [f"- Compute-optimal at C = {C:.3g}: N = {shown[0]}, D = {shown[1]}, loss {loss}."]
-    lines.append(f"- Compute-optimal at D = {D:.3g}: N = {spread(f, lambda law: law.size(D))}.")
-    reach = max(C / float((6 * f.points.N * f.points.D).max()), D / float(f.points.D.max()))
-    if reach > 10:
-        lines.append(f"- Note: this is {reach:.3g} times what the largest run saw; the law is only tested below that.")
-    return lines
+    lines = [f"- Compute-optimal at C = {C:.3g}: N = {N_best}, D = {D_best}, loss {loss}."]
+    lines.append(f"- Compute-optimal at D = {D:.3g}: N = {spread(f, lambda law: possible(law.size(D)))}.")
+    N_there, D_there = f.law.optimum(C)
+    far = [*f.points.beyond(C=C, N=N_there, D=D_there), *f.points.beyond(N=f.law.size(D), D=D)]
+    return [*lines, *(f"- Note: {what}: the law is not tested there." for what in dict.fromkeys(far))]
 
 
 def gamma_lines(o: Options, f: Fit) -> list[str]:
@@ -242,20 +238,40 @@ def good_enough(p: Points, tolerance: float) -> tuple[float, float]:
 
 def spread(f: Fit, value: Callable[[Law], float], form: str = ".3g") -> str:
     """'1.2e+06 (1.1e+06 to 1.3e+06)': at the best fit, and from 5 to 95 % over the resamples."""
-    best, low, high = (format(v, form) for v in f.interval(value))
+    best, low, high = (shown(v, form) for v in f.interval(value))
     return f"{best} ({low} to {high})"
 
 
+def shown(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "undetermined"
+
+
+def possible(count: float) -> float:
+    """A number of parameters, tokens or FLOPs, infinite where there is no computer for so few or so many."""
+    return count if 1 <= count <= 1e30 or math.isnan(count) else math.copysign(math.inf, count - 1)
+
+
 def comparison(o: Options, f: Fit, reference: Fit) -> list[str]:
+    """What f needs for the loss of the reference at its optimum; refused where either family saw nothing like it."""
     C = budget_of(o, [f, reference])
     N, D = reference.law.optimum(C)
+    loss = reference.law.loss(N, D)
     lines = [f"## {f.points.name} against {reference.points.name}\n"]
-    lines.append(f"To reach the loss {reference.law.loss(N, D):.4f} that {reference.points.name} has at its optimum")
+    if far := [what for p in (f.points, reference.points) for what in p.beyond(C=C, N=N, D=D)]:
+        return [*lines, f"Not compared at the optimum of {reference.points.name}: {'; '.join(far)}.\n"]
+    lines.append(f"To reach the loss {loss:.4f} that {reference.points.name} has at its optimum")
     lines.append(f"for C = {C:.3g}, N = {N:.3g} and D = {D:.3g}, {f.points.name} needs, as a share of that:\n")
     lines += ["| what it needs | share | 5 % | 95 % |", "|---|---|---|---|"]
-    for (_, *values), name in zip(compare(f, reference, C), ("C, at its own optimum", "D, at that N", "N, at that D")):
-        lines.append(f"| {name} | " + " | ".join("never" if v == math.inf else f"{v:.3f}" for v in values) + " |")
-    return [*lines, ""]
+    shares = compare(f, reference, C)
+    wholes = {"C, at its own optimum": C, "D, at that N": D, "N, at that D": N}
+    for (_, *values), (name, whole) in zip(shares, wholes.items()):
+        cells = ["never" if v == math.inf else shown(possible(v * whole) / whole, ".3g") for v in values]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    far = [what for p in (f.points, reference.points) for what in p.beyond(loss=loss)]
+    for (_, *values), (name, whole) in zip(shares, wholes.items()):
+        needed = [share * whole for share in values if share < math.inf]
+        far += [f"of the shares, {what}" for value in needed for what in f.points.beyond(**{name[0]: value})][:1]
+    return [*lines, "", *(f"- Note: {what}: the law is not tested there." for what in far), ""]
 
 
 # --- Pictures ------------------------------------------------------------------------------------------------------
@@ -295,9 +311,10 @@ def draw_frontier(o: Options, f: Fit, axes: "plot.Axes") -> None:
     """N against D: compute-optimal with its 5 to 95 % band, Kausik's interval from the anchor, and the runs' own."""
     p = f.points
     lengths = np.geomspace(p.D.min(), 10 * p.D.max(), 50)
-    optima = np.array([[law.size(D) for D in lengths] for law in (f.law, *f.resampled)])  # (1 + resamples, 50)
-    axes.plot(lengths, optima[0], label="compute-optimal", **plot.style(0) | dict(marker=""))
-    axes.fill_between(lengths, *np.percentile(optima[1:], (5, 95), axis=0), color="#000000", alpha=0.12, linewidth=0)
+    optima = np.array([f.interval(lambda law, D=D: law.size(D)) for D in lengths])  # (50, 3)
+    best, low, high = np.nan_to_num(optima, nan=np.nan, posinf=1e300).T  # undetermined ends are not drawn
+    axes.plot(lengths, best, label="compute-optimal", **plot.style(0) | dict(marker=""))
+    axes.fill_between(lengths, low, high, color="#000000", alpha=0.12, linewidth=0)
     N0, D0 = o.anchor or good_enough(p, o.tolerance)
     ends = [N0 * (lengths / D0) ** max(0.0, gamma) for gamma in f.law.gamma()]
     axes.fill_between(lengths, *ends, color="#0072b2", alpha=0.3, linewidth=0, label="D^gamma from the anchor")
@@ -305,6 +322,7 @@ def draw_frontier(o: Options, f: Fit, axes: "plot.Axes") -> None:
         axes.plot(*zip(*found), label="smallest good enough", **plot.style(1) | dict(linestyle=""))
     axes.plot(p.D, p.N, color="0.6", marker=".", linestyle="", label="runs")
     axes.set(xscale="log", yscale="log", xlabel="D, training tokens", ylabel="N, parameters")
+    axes.set_ylim(p.N.min() / 30, p.N.max() * 30)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import astuple
 from pathlib import Path
 
@@ -100,6 +101,44 @@ def test_what_a_family_saves_is_what_was_put_in() -> None:
     assert low < 0.5 < high or best == pytest.approx(0.5, abs=0.1)
 
 
+def test_families_are_compared_only_where_both_have_runs() -> None:
+    """Within the grid; not at 1e25 FLOPs, nor with runs a thousand times smaller; a loss nobody had is said."""
+    here = Fit(grid(HOFFMANN, n=3), HOFFMANN, (HOFFMANN,) * 3, ())
+    assert "| C, at its own optimum | 1 | 1 | 1 |" in scaling_law.comparison(options("a", "--budget=1e19"), here, here)
+    refused = scaling_law.comparison(options("a", "--budget=1e25"), here, here)
+    assert "Not compared" in refused[1]
+    assert "C = 1e+25 is more than 10 times outside what grid saw, 6e+14 to 6e+20" in refused[1]
+    p = here.points
+    small = dataclasses.replace(here, points=Points("small", p.N / 1e4, p.D / 1e4, HOFFMANN.loss(p.N / 1e4, p.D / 1e4)))
+    for pair in ((here, small), (small, here)):
+        assert "Not compared" in scaling_law.comparison(options("a"), *pair)[1]
+    worse_law = dataclasses.replace(HOFFMANN, E=2.9)
+    worse = Fit(Points("worse", p.N, p.D, worse_law.loss(p.N, p.D)), worse_law, (worse_law,) * 3, ())
+    text = "\n".join(scaling_law.comparison(options("a"), worse, here))
+    assert "is outside what worse saw" in text
+    assert "| never | never | never |" in text
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(alpha=-0.34), dict(alpha=-0.28), dict(beta=0), dict(beta=-1), dict(alpha=1e4), dict(alpha=0.0101)]
+)
+def test_what_a_resample_without_a_law_gives_is_undetermined(
+    changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 of 40 are more than an interval leaves out: no end. 1 of 40 only widens it. Never a number from nothing."""
+    pytest.importorskip("matplotlib")
+    lost, o = dataclasses.replace(HOFFMANN, **changes), options("a", "--budget=1e19")
+    laws = [dataclasses.replace(HOFFMANN, beta=0.28 + i / 1e4) for i in range(37)]
+    f = Fit(grid(HOFFMANN, n=3), HOFFMANN, (*laws, lost, lost, lost), ())
+    text = "\n".join([*scaling_law.report(o, f), *scaling_law.comparison(o, f, f)])
+    assert "undetermined" in text
+    assert not re.search(r"\b(nan|inf)\b|e\+[3-9]\d|e[+-]\d\d\d", text)
+    _, low, high = Fit(f.points, HOFFMANN, (*laws, lost), ()).interval(lambda law: law.optimum(1e19)[0])
+    assert low < high < 1e10
+    monkeypatch.setattr(scaling_law.plot, "save", lambda figure, out: figure.canvas.draw())
+    scaling_law.draw(o, [f])
+
+
 # --- What is refused -----------------------------------------------------------------------------------------------
 
 
@@ -163,7 +202,7 @@ def test_the_command_writes_report_and_pictures(tmp_path: Path, capsys: pytest.C
     text = out.with_suffix(".md").read_text()
     assert text.rstrip() in capsys.readouterr().out
     assert "| alpha | 0.3" in text
-    assert "times what the largest run saw" in text
+    assert "C = 1e+23 is more than 10 times outside what a saw, 6e+14 to 6e+20: the law is not tested there." in text
     assert "## a against b" in text
     assert out.with_suffix(".svg").exists()
     (tmp_path / "bad.csv").write_text("N,D,loss\n1,2,3\n1,-2,3\n")
