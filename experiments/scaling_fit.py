@@ -163,7 +163,7 @@ def fit(points: Points, resamples: int = 200, seed: int = 1) -> Fit:
     if lost := sum(not other.holds for other in resampled):
         outside = f"in {lost} of {len(resampled)} resamples alpha or beta is outside its bounds"
         notes.append(f"{outside}: in an interval they may be anything, and standard errors are without them")
-    if law.E / points.loss.min() < 0.01:
+    if without_entropy(law, points):
         notes.append(f"E is {law.E:.2g}, at its bound of 0: these runs do not determine it, nor exponents beyond them")
     if len(points.loss) < 2 * FEWEST_RUNS:
         notes.append(f"only {len(points.loss)} runs for five constants: the errors are too small rather than too large")
@@ -182,6 +182,11 @@ def inside(law: Law, name: str) -> bool:
     return EXPONENTS[0] < getattr(law, name) < EXPONENTS[1]
 
 
+def without_entropy(law: Law, points: Points) -> bool:
+    """Whether E is at its bound of 0, where it has no standard error."""
+    return law.E / points.loss.min() < 0.01
+
+
 def best_law(points: Points) -> Law:
     """The lowest minimum: every start runs a little, the best few to the end."""
     x = Centred(points)
@@ -190,14 +195,18 @@ def best_law(points: Points) -> Law:
 
 
 def bootstrap(points: Points, law: Law, resamples: int, seed: int) -> list[Law]:
-    """The law of runs drawn with replacement, each minimised from the best fit to all of them."""
+    """The law of runs drawn with replacement, each minimised from the best fit to all of them and from E well above 0.
+
+    At E = 0 the gradient of ln E is 0, and no minimiser leaves it.
+    """
     generator, found = np.random.default_rng(seed), []
     while len(found) < resamples:
         drawn = points.take(generator.integers(len(points.loss), size=len(points.loss)))
         if min(len(np.unique(drawn.N)), len(np.unique(drawn.D))) < FEWEST_VALUES:
             continue
         x = Centred(drawn)
-        found.append(x.law(minimise(x, x.parameters(law), 200)[0]))
+        starts = x.parameters(law), x.start(0.3, 0.35, 0.35, law.alpha, law.beta)
+        found.append(x.law(min((minimise(x, start, 200) for start in starts), key=lambda end: end[1])[0]))
     return found
 
 

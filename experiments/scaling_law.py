@@ -29,7 +29,7 @@ import data
 from config import UserError, parse, user_errors
 from experiments import plot, scaling_plan
 from experiments.logs import NothingYet, Run, read_run, require_common_axis
-from experiments.scaling_fit import Fit, Law, Points, compare, fit, gamma_of_runs
+from experiments.scaling_fit import Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,8 @@ def report(o: Options, f: Fit) -> list[str]:
     for name in ("E", "A", "alpha", "B", "beta"):
         value, low, high = f.interval(lambda law, name=name: getattr(law, name))
         error = f.error(lambda law, name=name: getattr(law, name))
+        if name == "E" and without_entropy(law, p):
+            error = math.nan
         cells = shown(value, ".5g"), shown(error, ".2g"), shown(low, ".4g"), shown(high, ".4g")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", *optimal(o, f), *gamma_lines(o, f)]

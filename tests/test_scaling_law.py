@@ -16,7 +16,7 @@ from test_plot import write_log
 
 from config import UserError, parse
 from experiments import scaling_law, scaling_plan
-from experiments.scaling_fit import Fit, Law, Points, best_law, compare, fit, gamma_of_runs, ratios
+from experiments.scaling_fit import Fit, Law, Points, best_law, bootstrap, compare, fit, gamma_of_runs, ratios
 
 HOFFMANN = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 
@@ -159,8 +159,14 @@ def test_runs_without_a_law_are_refused(points: Points, message: str) -> None:
 def test_an_entropy_that_is_not_determined_is_said() -> None:
     f = fit(grid(Law(1e-6, 8.0, 0.1, 20.0, 0.12), n=4), resamples=5)
     assert any("at its bound of 0" in note for note in f.notes)
+    assert re.search(r"\| E \| \S+ \| undetermined \|", "\n".join(scaling_law.report(options("a"), f)))
     few = grid(HOFFMANN, n=3)
     assert any("only 9 runs" in note for note in fit(few, resamples=5).notes)
+
+
+def test_resamples_leave_the_bound_of_the_entropy() -> None:
+    at_bound = Law(1e-19, 8.0, 0.1, 20.0, 0.12)
+    assert all(law.E > 1 for law in bootstrap(grid(HOFFMANN, n=4), at_bound, resamples=2, seed=1))
 
 
 def test_runs_that_stopped_early_are_left_out_and_named(tmp_path: Path) -> None:
