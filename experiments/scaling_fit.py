@@ -7,7 +7,8 @@ parameters, D of training tokens, L a validation loss in nats per token, C = 6 N
 
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,13 +32,17 @@ STARTS = [  # shares of E, A / N^alpha and B / D^beta in the loss of the middle 
 
 @dataclass(frozen=True)
 class Points:
-    """Finished runs: parameters, tokens and losses, (runs,) each. notes: what a reader of the fit has to know."""
+    """Finished runs: parameters, tokens and losses, (runs,) each. notes: what a reader of the fit has to know.
+
+    measure: what else their losses and FLOPs depend on, where it is known; the same in all of them.
+    """
 
     name: str
     N: np.ndarray
     D: np.ndarray
     loss: np.ndarray
     notes: tuple[str, ...] = ()
+    measure: dict[str, Any] = field(default_factory=dict)
 
     def take(self, rows: np.ndarray) -> "Points":
         return Points(self.name, self.N[rows], self.D[rows], self.loss[rows])

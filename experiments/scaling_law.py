@@ -14,13 +14,14 @@ left out, and named. Writes OUT.md, OUT.png and OUT.svg. experiments/scaling_fit
 import csv
 import dataclasses
 import datetime
+import itertools
 import math
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -28,7 +29,7 @@ import tyro
 import data
 from config import UserError, parse, user_errors
 from experiments import plot, scaling_plan
-from experiments.logs import NothingYet, Run, read_run, require_common_axis
+from experiments.logs import NothingYet, Run, read_run
 from experiments.scaling_fit import Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
 
 
@@ -71,6 +72,7 @@ def main(o: Options) -> None:
         first, *others = folders[::-1]  # the first preset is what the others are compared with
         o = dataclasses.replace(o, runs=(first,), against=tuple(others[-1:]), plan=False)
     families = [read(paths, o.count) for paths in (o.runs, o.against) if paths]
+    require_same_measure([(points.name, points.measure) for points in families if points.measure])
     fits = [fit(points, o.resamples) for points in families]
     lines = ["# Scaling law\n", f"{datetime.date.today()}. N: {COUNTS[o.count]}. D: training tokens. C = 6 N D FLOPs."]
     lines.append(f"Command: `python -m experiments.scaling_law {shlex.join(sys.argv[1:])}`\n")
@@ -96,10 +98,10 @@ def read(paths: tuple[Path, ...], count: str) -> Points:
     name = " ".join(path.stem for path in paths[:3]) + (" ..." if len(paths) > 3 else "")
     tables = [read_csv(path) for path in paths if path.suffix == ".csv"]
     folders = [folder for path in paths if path.suffix != ".csv" for folder in run_folders(path)]
-    rows, notes = read_folders(folders, count)
+    rows, notes, measured = read_folders(folders, count)
     rows += [row for table in tables for row in table]
     N, D, loss = np.array(rows, dtype=float).reshape(-1, 3).T  # (runs,) each
-    return Points(name, N, D, loss, tuple(notes))
+    return Points(name, N, D, loss, tuple(notes), measured)
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -112,8 +114,10 @@ def run_folders(path: Path) -> list[Path]:
     return found
 
 
-def read_folders(folders: list[Path], count: str) -> tuple[list[tuple[float, float, float]], list[str]]:
-    """N, D and loss of each run that ended as its schedule did, and notes about the others."""
+def read_folders(
+    folders: list[Path], count: str
+) -> tuple[list[tuple[float, float, float]], list[str], dict[str, Any]]:
+    """N, D and loss of each run that ended as its schedule did, notes, about the others too, and what measure gives."""
     runs, rows, notes = [], [], []
     for folder in folders:
         try:
@@ -129,9 +133,29 @@ def read_folders(folders: list[Path], count: str) -> tuple[list[tuple[float, flo
         runs.append(run)
         rows.append((N, run.evaluations[-1]["tokens"], run.evaluations[-1]["val_loss"]))
         notes += repetition(run)
+    measures = [(str(run.path.parent), measure(run)) for run in runs]
+    require_same_measure(measures)
     if runs:
-        require_common_axis(runs, "val_loss")
-    return rows, notes
+        work = [run.flops_per_token / N for run, (N, _, _) in zip(runs, rows)]
+        notes.append(f"by the logs a training token costs {min(work):.2g} to {max(work):.2g} N FLOPs, not 6 N")
+    return rows, notes, measures[0][1] if runs else {}
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """What a nat per token depends on beside the model; and the kind of model, since C = 6 N D is not of all kinds."""
+    names = dict(model="model", eval_tokens="eval_tokens", vocab_size="gpt.vocab_size")
+    known = {name: run.options[option] for name, option in names.items()}
+    return known | {"dataset": Path(run.options["dataset"]).name, "bits per byte of a nat": run.bits_per_nat()}
+
+
+def require_same_measure(measures: list[tuple[str, dict[str, Any]]]) -> None:
+    """Of runs or families, each with its name. Raises UserError where two of them cannot be compared."""
+    for (first, a), (other, b) in itertools.pairwise(measures):
+        for name, value in a.items():
+            same = math.isclose(value, b[name], rel_tol=1e-6) if isinstance(value, float) else value == b[name]
+            if not same:
+                seen = f"{name} is {value} in {first} and {b[name]} in {other}"
+                raise UserError(f"{seen}, wanted the same: their losses or FLOPs cannot be compared")
 
 
 def repetition(run: Run) -> list[str]:

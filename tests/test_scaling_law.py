@@ -176,7 +176,7 @@ def test_runs_that_stopped_early_are_left_out_and_named(tmp_path: Path) -> None:
     points = scaling_law.read((tmp_path / "family",), "total")
     assert points.D.tolist() == [64 * 30, 64 * 30]
     assert points.loss.tolist() == pytest.approx([3 - 0.3 + 0.1 + 1] * 2)
-    assert [note.split(" was ")[1].split(",")[0] for note in points.notes] == [
+    assert [note.split(" was ")[1].split(",")[0] for note in points.notes[:2]] == [
         "evaluated last at step 10 of 30",
         "evaluated last at step 20 of 30",
     ]
@@ -184,6 +184,29 @@ def test_runs_that_stopped_early_are_left_out_and_named(tmp_path: Path) -> None:
     assert (points.N - blocks.N).tolist() == [2 * 256 * 32] * 2  # embedding and head
     with pytest.raises(UserError, match=r"2 runs of 2 sizes N .* left out: .*to_10"):
         fit(points)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(dataset="enwiki"), "dataset is pystdlib in .* and enwiki in"),
+        (dict(vocab=512), "vocab_size is 256 in .* and 512 in"),
+        (dict(eval_tokens=64), "eval_tokens is None in .* and 64 in"),
+        (dict(bits=2.0), "bits per byte of a nat is 1.44.* and 2.0"),
+        (dict(model="recurrent"), "model is gpt in .* and recurrent in"),
+    ],
+)
+def test_losses_of_another_kind_are_not_compared(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    """Neither within a family nor between two of them; the same corpus may lie at another path."""
+    first = write_log(tmp_path / "a" / "0")
+    write_log(tmp_path / "same" / "0", rank=4, dataset="elsewhere/pystdlib")
+    write_log(tmp_path / "b" / "0", **changes)
+    with pytest.raises(UserError, match=message):
+        scaling_law.read((first, tmp_path / "b"), "total")
+    with pytest.raises(UserError, match=message):
+        scaling_law.main(options(tmp_path / "a", "--against", tmp_path / "b"))
+    points = scaling_law.read((first, tmp_path / "same"), "total")
+    assert re.search(r"a training token costs \S+ to \S+ N FLOPs, not 6 N", points.notes[-1])
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
