@@ -273,7 +273,7 @@ def gamma_of_runs(points: Points, tolerance: float) -> tuple[float, float, list[
     interpolated. Where even the smallest run is good enough, the true N is below all of them, and the length is left
     out. gamma is nan where fewer than three lengths remain.
     """
-    found, notes = [], []
+    found, left_out = [], {}
     for D in np.unique(points.D):
         at = points.take(points.D == D)
         sizes = np.unique(at.N)
@@ -281,12 +281,14 @@ def gamma_of_runs(points: Points, tolerance: float) -> tuple[float, float, list[
         good = losses <= losses.min() + tolerance
         first = int(good.argmax())
         if len(sizes) < FEWEST_VALUES or first == 0:
-            why = "too few sizes" if len(sizes) < FEWEST_VALUES else "the smallest run is good enough already"
-            notes.append(f"D = {D:.3g} is left out of it: {why}")
+            few = f"fewer than {FEWEST_VALUES} sizes"
+            why = few if len(sizes) < FEWEST_VALUES else "the smallest run is good enough already"
+            left_out.setdefault(why, []).append(float(D))
             continue
         step = (losses[first - 1] - losses.min() - tolerance) / (losses[first - 1] - losses[first])
         ends = np.log(sizes[first - 1 : first + 1])
         found.append((float(D), float(np.exp(ends[0] + step * (ends[1] - ends[0])))))
+    notes = [f"D = {listed(lengths)} left out of it: {why}" for why, lengths in left_out.items()]
     if len(found) < 3:
         notes.append(f"{len(found)} lengths remain, wanted 3 or more")
         return math.nan, math.nan, found, notes
@@ -295,6 +297,13 @@ def gamma_of_runs(points: Points, tolerance: float) -> tuple[float, float, list[
     slope = (centred @ n) / (centred @ centred)
     residual = n - n.mean() - slope * centred
     return float(slope), float(np.sqrt(residual @ residual / (len(d) - 2) / (centred @ centred))), found, notes
+
+
+def listed(lengths: list[float]) -> str:
+    """'1e6, 2e6 are', and of more than a few '1e6 to 1e9, 64 lengths, are'."""
+    if len(lengths) > 4:
+        return f"{lengths[0]:.3g} to {lengths[-1]:.3g}, {len(lengths)} lengths, are"
+    return ", ".join(f"{D:.3g}" for D in lengths) + (" are" if len(lengths) > 1 else " is")
 
 
 @dataclass(frozen=True)

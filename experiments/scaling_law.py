@@ -30,7 +30,7 @@ import data
 from config import UserError, parse, user_errors
 from experiments import plot, scaling_plan
 from experiments.logs import NothingYet, Run, read_run
-from experiments.scaling_fit import Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
+from experiments.scaling_fit import FEWEST_VALUES, Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Options:
     tokens: float | None = None
     """The D to find an N for; None = that of the longest run."""
     anchor: tuple[float, float] | None = None
-    """N and D of a run from which D^gamma is drawn on; None = the longest one that is good enough and smallest."""
+    """N and D of a run from which D^gamma is drawn on; None = the smallest that is good enough at the largest D that
+    three sizes or more were trained for."""
     tolerance: float = 0.02
     """Nats above the best run of the same D that are still good enough."""
     resamples: int = 200
@@ -62,6 +63,8 @@ class Options:
         for name in ("budget", "tokens", "tolerance", "resamples"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted above 0")
+        if self.anchor is not None and not all(0 < value < math.inf for value in self.anchor):
+            raise ValueError(f"anchor is {self.anchor}, wanted N and D above 0")
 
 
 def main(o: Options) -> None:
@@ -241,10 +244,11 @@ def gamma_lines(o: Options, f: Fit) -> list[str]:
     bounds = [max(0.0, gamma) for gamma in f.law.gamma()]
     if f.law.gamma()[0] <= 0:
         lines.append(f"- Note: beta is {f.law.beta:.3f}, 0.5 or more, so the lower end is taken as 0.")
-    N0, D0 = o.anchor or good_enough(f.points, o.tolerance)
+    N0, D0, why = anchor(o, f.points)
     D = o.tokens or 10 * float(f.points.D.max())
     ends = " to ".join(f"{N0 * (D / D0) ** gamma:.3g}" for gamma in bounds)
     lines.append(f"- So, from N = {N0:.3g} at D = {D0:.3g}, an efficient model of D = {D:.3g} tokens has N = {ends}.")
+    lines += [f"- Note: {why}."] if why else []
     gamma, error, found, notes = gamma_of_runs(f.points, o.tolerance)
     what = f"- The smallest N within {o.tolerance:g} nats of the best of its D"
     if math.isfinite(gamma):
@@ -255,11 +259,18 @@ def gamma_lines(o: Options, f: Fit) -> list[str]:
     return [*lines, *(f"- Note: {note}." for note in notes)]
 
 
-def good_enough(p: Points, tolerance: float) -> tuple[float, float]:
-    """N and D of the smallest run within tolerance of the best one of the largest D."""
-    D = p.D.max()
+def anchor(o: Options, p: Points) -> tuple[float, float, str]:
+    """N and D of --anchor, or of a run that stands for an efficient one; and what is to be known of it."""
+    if o.anchor:
+        return *o.anchor, ""
+    lengths = [D for D in np.unique(p.D) if len(np.unique(p.N[p.D == D])) >= FEWEST_VALUES]
+    if not lengths:
+        best = p.loss.argmin()
+        why = f"no D has {FEWEST_VALUES} sizes, so this run is only that of the lowest loss: give a better --anchor"
+        return float(p.N[best]), float(p.D[best]), why
+    D = float(lengths[-1])
     longest = p.take(p.D == D)
-    return float(longest.N[longest.loss <= longest.loss.min() + tolerance].min()), float(D)
+    return float(longest.N[longest.loss <= longest.loss.min() + o.tolerance].min()), D, ""
 
 
 def spread(f: Fit, value: Callable[[Law], float], form: str = ".3g") -> str:
@@ -341,7 +352,7 @@ def draw_frontier(o: Options, f: Fit, axes: "plot.Axes") -> None:
     best, low, high = np.nan_to_num(optima, nan=np.nan, posinf=1e300).T  # undetermined ends are not drawn
     axes.plot(lengths, best, label="compute-optimal", **plot.style(0) | dict(marker=""))
     axes.fill_between(lengths, low, high, color="#000000", alpha=0.12, linewidth=0)
-    N0, D0 = o.anchor or good_enough(p, o.tolerance)
+    N0, D0, _ = anchor(o, p)
     ends = [N0 * (lengths / D0) ** max(0.0, gamma) for gamma in f.law.gamma()]
     axes.fill_between(lengths, *ends, color="#0072b2", alpha=0.3, linewidth=0, label="D^gamma from the anchor")
     if found := gamma_of_runs(p, o.tolerance)[2]:

@@ -239,6 +239,31 @@ def test_the_command_writes_report_and_pictures(tmp_path: Path, capsys: pytest.C
         scaling_law.main(options(tmp_path / "bad.csv"))
     with pytest.raises(UserError, match="wanted either runs to read, or --plan"):
         options()
+    with pytest.raises(UserError, match=r"anchor is \(1000000.0, 0.0\), wanted N and D above 0"):
+        options(a, "--anchor", "1e6", "0")
+
+
+def test_runs_of_equal_compute_get_one_note_and_an_anchor_that_says_what_it_is() -> None:
+    N, C = (v.ravel() for v in np.meshgrid(np.geomspace(1e6, 1e9, 8), np.geomspace(1e18, 1e20, 8)))
+    points = Points("isoflop", N, C / 6 / N, HOFFMANN.loss(N, C / 6 / N))
+    lines = scaling_law.gamma_lines(options("a"), Fit(points, HOFFMANN, (HOFFMANN,), ()))
+    assert sum("left out" in line for line in lines) == 1
+    assert "60 lengths, are left out of it: fewer than 3 sizes" in "\n".join(lines)
+    assert f"from N = {N[points.loss.argmin()]:.3g} at" in lines[1]
+    assert "only that of the lowest loss: give a better --anchor" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("lowdim = dict(up='blockdense:8:2')", "has lowdim.up=blockdense:8:2, wanted ranks that are numbers"),
+        ("dataset = 'copy'", "learns the generated task copy, wanted a corpus"),
+    ],
+)
+def test_a_preset_that_has_no_other_sizes_is_refused(tmp_path: Path, preset: str, message: str) -> None:
+    (tmp_path / "preset.py").write_text(preset + "\n")
+    with pytest.raises(UserError, match=message):
+        scaling_plan.shaped(scaling_plan.Grid(), str(tmp_path / "preset.py"), 48)
 
 
 def test_the_plan_fills_the_hours_and_a_second_start_keeps_it(
