@@ -7,7 +7,8 @@ parameters, D of training tokens, L a validation loss in nats per token, C = 6 N
 
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ HUBER = 1e-3  # where the loss of a residual of ln L turns from square to linear
 FEWEST_RUNS, FEWEST_VALUES = 6, 3  # of runs, and of different N and of different D among them
 EXPONENTS = (0.01, 3.0)  # what alpha and beta may be: below, the term is a constant; above, it is a step
 LOST = 0.1  # the share of resamples whose exponents may be outside
+TAIL = 0.05  # what an interval leaves out at either end
+FAR = 10  # times outside the C, N or D of the runs: no law is tested there
 STARTS = [  # shares of E, A / N^alpha and B / D^beta in the loss of the middle run, alpha, beta
     (e, a, 1 - e - a, alpha, beta)
     for e, a in ((0.1, 0.45), (0.6, 0.2), (0.3, 0.6), (0.3, 0.1))
@@ -29,16 +32,36 @@ STARTS = [  # shares of E, A / N^alpha and B / D^beta in the loss of the middle 
 
 @dataclass(frozen=True)
 class Points:
-    """Finished runs: parameters, tokens and losses, (runs,) each. notes: what a reader of the fit has to know."""
+    """Finished runs: parameters, tokens and losses, (runs,) each. notes: what a reader of the fit has to know.
+
+    measure: what else their losses and FLOPs depend on, where it is known; the same in all of them.
+    """
 
     name: str
     N: np.ndarray
     D: np.ndarray
     loss: np.ndarray
     notes: tuple[str, ...] = ()
+    measure: dict[str, Any] = field(default_factory=dict)
 
     def take(self, rows: np.ndarray) -> "Points":
         return Points(self.name, self.N[rows], self.D[rows], self.loss[rows])
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The lowest and the highest of C, N, D and loss."""
+        seen = dict(C=6 * self.N * self.D, N=self.N, D=self.D, loss=self.loss)
+        return {name: (float(values.min()), float(values.max())) for name, values in seen.items()}
+
+    def beyond(self, **values: float) -> list[str]:
+        """Of values named C, N, D or loss: what to say of each that is far from these runs; of a loss, outside."""
+        said = []
+        for name, value in values.items():
+            low, high = self.ranges()[name]
+            far = 1 if name == "loss" else FAR
+            if not low / far <= value <= high * far:
+                how = "is outside" if name == "loss" else f"is more than {FAR} times outside"
+                said.append(f"{name} = {value:.4g} {how} what {self.name} saw, {low:.4g} to {high:.4g}")
+        return said
 
 
 @dataclass(frozen=True)
@@ -49,18 +72,33 @@ class Law:
     B: float
     beta: float
 
+    @property
+    def holds(self) -> bool:
+        """Whether both exponents are within their bounds: what follows from others means nothing."""
+        return inside(self, "alpha") and inside(self, "beta")
+
     def loss(self, N: float | np.ndarray, D: float | np.ndarray) -> float | np.ndarray:
-        return self.E + self.A / N**self.alpha + self.B / D**self.beta
+        with np.errstate(all="ignore"):  # of no parameters it is inf
+            return self.E + self.A * np.power(N, -self.alpha) + self.B * np.power(D, -self.beta)
 
     def optimum(self, C: float) -> tuple[float, float]:
-        """N and D of the lowest loss at C = 6 N D FLOPs (Hoffmann et al., equation 4)."""
+        """N and D of the lowest loss at C = 6 N D FLOPs (Hoffmann et al., equation 4); nan where the law does not hold.
+
+        In logarithms: near the bounds of the exponents N and D may be beyond any float, and are inf or 0.
+        """
+        if not self.holds:
+            return math.nan, math.nan
         total = self.alpha + self.beta
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / total)
-        return G * (C / 6) ** (self.beta / total), (C / 6) ** (self.alpha / total) / G
+        n = self.log_balance() / total + self.beta / total * math.log(C / 6)
+        return exp(n), exp(math.log(C / 6) - n)
 
     def size(self, D: float) -> float:
         """The N that is compute-optimal at D tokens: where a percent of either lowers the loss by as much."""
-        return (self.alpha * self.A / (self.beta * self.B)) ** (1 / self.alpha) * D ** (self.beta / self.alpha)
+        return exp((self.log_balance() + self.beta * math.log(D)) / self.alpha) if self.holds else math.nan
+
+    def log_balance(self) -> float:
+        """ln(alpha A / (beta B)), which is alpha ln N - beta ln D on the frontier."""
+        return math.log(self.alpha / self.beta) + math.log(self.A) - math.log(self.B)
 
     def gamma(self) -> tuple[float, float]:
         """Kausik's interval for N ~ D^gamma (arXiv 2402.14746), which depends on beta alone.
@@ -81,13 +119,31 @@ class Fit:
 
     def interval(self, value: Callable[[Law], float]) -> tuple[float, float, float]:
         """A quantity of the law: at the best fit, and the 5th and 95th percentile over the resamples."""
-        values = [value(law) for law in self.resampled]
-        low, high = np.nanpercentile(values, (5, 95)) if values else (math.nan, math.nan)
-        return value(self.law), float(low), float(high)
+        return value(self.law), *tails([value(law) if law.holds else math.nan for law in self.resampled])
 
     def error(self, value: Callable[[Law], float]) -> float:
-        """The standard error of a quantity: its standard deviation over the resamples."""
-        return float(np.std([value(law) for law in self.resampled], ddof=1)) if self.resampled else math.nan
+        """The standard error of a quantity: its standard deviation over the resamples that hold, nan where too few."""
+        values = [value(law) for law in self.resampled if law.holds]
+        return float(np.std(values, ddof=1)) if len(values) > max(1, (1 - TAIL) * len(self.resampled)) else math.nan
+
+
+def tails(values: list[float]) -> tuple[float, float]:
+    """The 5th and 95th percentile. nan stands for any value at all: the lowest for the one, the highest for the other.
+
+    nan where the percentile itself is such a one.
+    """
+    lost = np.isnan(values)
+    if lost.sum() > TAIL * len(values) or not values:
+        return math.nan, math.nan
+    at = 100 * TAIL, 100 * (1 - TAIL)  # "nearest", as inf is a value among the others
+    low, high = (
+        np.percentile(np.where(lost, end, values), q, method="nearest") for q, end in zip(at, (-math.inf, math.inf))
+    )
+    return float(low), float(high)
+
+
+def exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
 
 
 def fit(points: Points, resamples: int = 200, seed: int = 1) -> Fit:
@@ -109,7 +165,10 @@ def fit(points: Points, resamples: int = 200, seed: int = 1) -> Fit:
                 f" {EXPONENTS[1]:g} in {lost} of {len(resampled)} resamples: these runs do not determine it"
             )
     notes = list(points.notes)
-    if law.E / points.loss.min() < 0.01:
+    if lost := sum(not other.holds for other in resampled):
+        outside = f"in {lost} of {len(resampled)} resamples alpha or beta is outside its bounds"
+        notes.append(f"{outside}: in an interval they may be anything, and standard errors are without them")
+    if without_entropy(law, points):
         notes.append(f"E is {law.E:.2g}, at its bound of 0: these runs do not determine it, nor exponents beyond them")
     if len(points.loss) < 2 * FEWEST_RUNS:
         notes.append(f"only {len(points.loss)} runs for five constants: the errors are too small rather than too large")
@@ -128,6 +187,11 @@ def inside(law: Law, name: str) -> bool:
     return EXPONENTS[0] < getattr(law, name) < EXPONENTS[1]
 
 
+def without_entropy(law: Law, points: Points) -> bool:
+    """Whether E is at its bound of 0, where it has no standard error."""
+    return law.E / points.loss.min() < 0.01
+
+
 def best_law(points: Points) -> Law:
     """The lowest minimum: every start runs a little, the best few to the end."""
     x = Centred(points)
@@ -136,14 +200,18 @@ def best_law(points: Points) -> Law:
 
 
 def bootstrap(points: Points, law: Law, resamples: int, seed: int) -> list[Law]:
-    """The law of runs drawn with replacement, each minimised from the best fit to all of them."""
+    """The law of runs drawn with replacement, each minimised from the best fit to all of them and from E well above 0.
+
+    At E = 0 the gradient of ln E is 0, and no minimiser leaves it.
+    """
     generator, found = np.random.default_rng(seed), []
     while len(found) < resamples:
         drawn = points.take(generator.integers(len(points.loss), size=len(points.loss)))
         if min(len(np.unique(drawn.N)), len(np.unique(drawn.D))) < FEWEST_VALUES:
             continue
         x = Centred(drawn)
-        found.append(x.law(minimise(x, x.parameters(law), 200)[0]))
+        starts = x.parameters(law), x.start(0.3, 0.35, 0.35, law.alpha, law.beta)
+        found.append(x.law(min((minimise(x, start, 200) for start in starts), key=lambda end: end[1])[0]))
     return found
 
 
@@ -174,7 +242,7 @@ class Centred:
 
     def law(self, p: Tensor) -> Law:
         e, a, b, alpha, beta = p.tolist()
-        A, B = math.exp(min(a + alpha * self.mean_n, 700)), math.exp(min(b + beta * self.mean_d, 700))
+        A, B = (math.exp(max(-700, min(c, 700))) for c in (a + alpha * self.mean_n, b + beta * self.mean_d))
         return Law(math.exp(e), A, alpha, B, beta)
 
 
@@ -205,7 +273,7 @@ def gamma_of_runs(points: Points, tolerance: float) -> tuple[float, float, list[
     interpolated. Where even the smallest run is good enough, the true N is below all of them, and the length is left
     out. gamma is nan where fewer than three lengths remain.
     """
-    found, notes = [], []
+    found, left_out = [], {}
     for D in np.unique(points.D):
         at = points.take(points.D == D)
         sizes = np.unique(at.N)
@@ -213,12 +281,14 @@ def gamma_of_runs(points: Points, tolerance: float) -> tuple[float, float, list[
         good = losses <= losses.min() + tolerance
         first = int(good.argmax())
         if len(sizes) < FEWEST_VALUES or first == 0:
-            why = "too few sizes" if len(sizes) < FEWEST_VALUES else "the smallest run is good enough already"
-            notes.append(f"D = {D:.3g} is left out of it: {why}")
+            few = f"fewer than {FEWEST_VALUES} sizes"
+            why = few if len(sizes) < FEWEST_VALUES else "the smallest run is good enough already"
+            left_out.setdefault(why, []).append(float(D))
             continue
         step = (losses[first - 1] - losses.min() - tolerance) / (losses[first - 1] - losses[first])
         ends = np.log(sizes[first - 1 : first + 1])
         found.append((float(D), float(np.exp(ends[0] + step * (ends[1] - ends[0])))))
+    notes = [f"D = {listed(lengths)} left out of it: {why}" for why, lengths in left_out.items()]
     if len(found) < 3:
         notes.append(f"{len(found)} lengths remain, wanted 3 or more")
         return math.nan, math.nan, found, notes
@@ -229,9 +299,19 @@ def gamma_of_runs(points: Points, tolerance: float) -> tuple[float, float, list[
     return float(slope), float(np.sqrt(residual @ residual / (len(d) - 2) / (centred @ centred))), found, notes
 
 
+def listed(lengths: list[float]) -> str:
+    """'1e6, 2e6 are', and of more than a few '1e6 to 1e9, 64 lengths, are'."""
+    if len(lengths) > 4:
+        return f"{lengths[0]:.3g} to {lengths[-1]:.3g}, {len(lengths)} lengths, are"
+    return ", ".join(f"{D:.3g}" for D in lengths) + (" are" if len(lengths) > 1 else " is")
+
+
 @dataclass(frozen=True)
 class Ratios:
-    """What a law needs to reach another one's loss, as a share of what that one needs; inf where it never does."""
+    """What a law needs to reach another one's loss, as a share of what that one needs.
+
+    inf where it never does; nan where one of the two does not hold.
+    """
 
     compute: float
     """Of C, both at their optimum."""
@@ -245,6 +325,8 @@ def ratios(law: Law, reference: Law, C: float) -> Ratios:
     """`law` against `reference` at C FLOPs, and at the N and D that are the optimum of the reference there."""
     N, D = reference.optimum(C)
     loss = reference.loss(N, D)
+    if not (law.holds and math.isfinite(loss)):
+        return Ratios(math.nan, math.nan, math.nan)
     need = solve(lambda c: law.loss(*law.optimum(c)) - loss, C)
     data = power(law.B, loss - law.E - law.A / N**law.alpha, law.beta)
     size = power(law.A, loss - law.E - law.B / D**law.beta, law.alpha)
@@ -253,7 +335,7 @@ def ratios(law: Law, reference: Law, C: float) -> Ratios:
 
 def power(constant: float, excess: float, exponent: float) -> float:
     """x where constant / x^exponent = excess."""
-    return (constant / excess) ** (1 / exponent) if excess > 0 else math.inf
+    return exp((math.log(constant) - math.log(excess)) / exponent) if excess > 0 else math.inf
 
 
 def solve(falling: Callable[[float], float], near: float) -> float:
@@ -271,5 +353,5 @@ def compare(fitted: Fit, reference: Fit, C: float) -> list[tuple[str, float, flo
     """Each of Ratios: its name, its value, and the 5th and 95th percentile over the resamples of both families."""
     best = astuple(ratios(fitted.law, reference.law, C))
     draws = [astuple(ratios(a, b, C)) for a, b in zip(fitted.resampled, reference.resampled)]
-    low, high = np.percentile(draws, (5, 95), axis=0, method="nearest")  # inf is a value among the others
-    return list(zip(("compute", "data", "size"), best, low.tolist(), high.tolist()))
+    ends = [tails([draw[i] for draw in draws]) for i in range(len(best))]
+    return [(name, value, *pair) for name, value, pair in zip(("compute", "data", "size"), best, ends)]

@@ -14,13 +14,14 @@ left out, and named. Writes OUT.md, OUT.png and OUT.svg. experiments/scaling_fit
 import csv
 import dataclasses
 import datetime
+import itertools
 import math
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -28,8 +29,8 @@ import tyro
 import data
 from config import UserError, parse, user_errors
 from experiments import plot, scaling_plan
-from experiments.logs import NothingYet, Run, read_run, require_common_axis
-from experiments.scaling_fit import Fit, Law, Points, compare, fit, gamma_of_runs
+from experiments.logs import NothingYet, Run, read_run
+from experiments.scaling_fit import FEWEST_VALUES, Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Options:
     tokens: float | None = None
     """The D to find an N for; None = that of the longest run."""
     anchor: tuple[float, float] | None = None
-    """N and D of a run from which D^gamma is drawn on; None = the longest one that is good enough and smallest."""
+    """N and D of a run from which D^gamma is drawn on; None = the smallest that is good enough at the largest D that
+    three sizes or more were trained for."""
     tolerance: float = 0.02
     """Nats above the best run of the same D that are still good enough."""
     resamples: int = 200
@@ -61,6 +63,8 @@ class Options:
         for name in ("budget", "tokens", "tolerance", "resamples"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted above 0")
+        if self.anchor is not None and not all(0 < value < math.inf for value in self.anchor):
+            raise ValueError(f"anchor is {self.anchor}, wanted N and D above 0")
 
 
 def main(o: Options) -> None:
@@ -71,6 +75,7 @@ def main(o: Options) -> None:
         first, *others = folders[::-1]  # the first preset is what the others are compared with
         o = dataclasses.replace(o, runs=(first,), against=tuple(others[-1:]), plan=False)
     families = [read(paths, o.count) for paths in (o.runs, o.against) if paths]
+    require_same_measure([(points.name, points.measure) for points in families if points.measure])
     fits = [fit(points, o.resamples) for points in families]
     lines = ["# Scaling law\n", f"{datetime.date.today()}. N: {COUNTS[o.count]}. D: training tokens. C = 6 N D FLOPs."]
     lines.append(f"Command: `python -m experiments.scaling_law {shlex.join(sys.argv[1:])}`\n")
@@ -96,10 +101,10 @@ def read(paths: tuple[Path, ...], count: str) -> Points:
     name = " ".join(path.stem for path in paths[:3]) + (" ..." if len(paths) > 3 else "")
     tables = [read_csv(path) for path in paths if path.suffix == ".csv"]
     folders = [folder for path in paths if path.suffix != ".csv" for folder in run_folders(path)]
-    rows, notes = read_folders(folders, count)
+    rows, notes, measured = read_folders(folders, count)
     rows += [row for table in tables for row in table]
     N, D, loss = np.array(rows, dtype=float).reshape(-1, 3).T  # (runs,) each
-    return Points(name, N, D, loss, tuple(notes))
+    return Points(name, N, D, loss, tuple(notes), measured)
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -112,8 +117,10 @@ def run_folders(path: Path) -> list[Path]:
     return found
 
 
-def read_folders(folders: list[Path], count: str) -> tuple[list[tuple[float, float, float]], list[str]]:
-    """N, D and loss of each run that ended as its schedule did, and notes about the others."""
+def read_folders(
+    folders: list[Path], count: str
+) -> tuple[list[tuple[float, float, float]], list[str], dict[str, Any]]:
+    """N, D and loss of each run that ended as its schedule did, notes, about the others too, and what measure gives."""
     runs, rows, notes = [], [], []
     for folder in folders:
         try:
@@ -129,9 +136,29 @@ def read_folders(folders: list[Path], count: str) -> tuple[list[tuple[float, flo
         runs.append(run)
         rows.append((N, run.evaluations[-1]["tokens"], run.evaluations[-1]["val_loss"]))
         notes += repetition(run)
+    measures = [(str(run.path.parent), measure(run)) for run in runs]
+    require_same_measure(measures)
     if runs:
-        require_common_axis(runs, "val_loss")
-    return rows, notes
+        work = [run.flops_per_token / N for run, (N, _, _) in zip(runs, rows)]
+        notes.append(f"by the logs a training token costs {min(work):.2g} to {max(work):.2g} N FLOPs, not 6 N")
+    return rows, notes, measures[0][1] if runs else {}
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """What a nat per token depends on beside the model; and the kind of model, since C = 6 N D is not of all kinds."""
+    names = dict(model="model", eval_tokens="eval_tokens", vocab_size="gpt.vocab_size")
+    known = {name: run.options[option] for name, option in names.items()}
+    return known | {"dataset": Path(run.options["dataset"]).name, "bits per byte of a nat": run.bits_per_nat()}
+
+
+def require_same_measure(measures: list[tuple[str, dict[str, Any]]]) -> None:
+    """Of runs or families, each with its name. Raises UserError where two of them cannot be compared."""
+    for (first, a), (other, b) in itertools.pairwise(measures):
+        for name, value in a.items():
+            same = math.isclose(value, b[name], rel_tol=1e-6) if isinstance(value, float) else value == b[name]
+            if not same:
+                seen = f"{name} is {value} in {first} and {b[name]} in {other}"
+                raise UserError(f"{seen}, wanted the same: their losses or FLOPs cannot be compared")
 
 
 def repetition(run: Run) -> list[str]:
@@ -169,13 +196,16 @@ def read_csv(path: Path) -> list[tuple[float, float, float]]:
 def report(o: Options, f: Fit) -> list[str]:
     p, law = f.points, f.law
     rms = np.sqrt(np.mean((np.log(p.loss) - np.log(law.loss(p.N, p.D))) ** 2))
-    span = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, low, high in ranges(p))
+    span = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in p.ranges().items())
     lines = [f"## {p.name}\n", f"{len(p.loss)} runs: {span}. The residual of ln L is {rms:.2g} (root mean square).\n"]
     lines += ["| | best fit | standard error | 5 % | 95 % |", "|---|---|---|---|---|"]
     for name in ("E", "A", "alpha", "B", "beta"):
         value, low, high = f.interval(lambda law, name=name: getattr(law, name))
         error = f.error(lambda law, name=name: getattr(law, name))
-        lines.append(f"| {name} | {value:.5g} | {error:.2g} | {low:.4g} | {high:.4g} |")
+        if name == "E" and without_entropy(law, p):
+            error = math.nan
+        cells = shown(value, ".5g"), shown(error, ".2g"), shown(low, ".4g"), shown(high, ".4g")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", *optimal(o, f), *gamma_lines(o, f)]
     return [*lines, *(f"- Note: {note}." for note in f.notes)]
 
@@ -192,25 +222,20 @@ def other_count(o: Options, paths: tuple[Path, ...]) -> list[str]:
     return [f"- With N counting {COUNTS[count]}: E {law.E:.4g}, alpha {law.alpha:.3f}, beta {law.beta:.3f}."]
 
 
-def ranges(p: Points) -> list[tuple[str, float, float]]:
-    return [(name, values.min(), values.max()) for name, values in (("N", p.N), ("D", p.D), ("loss", p.loss))]
-
-
 def budget_of(o: Options, fits: list[Fit]) -> float:
     """The FLOPs at which to look: asked for, or those that every family has reached."""
-    return o.budget or min(float((6 * f.points.N * f.points.D).max()) for f in fits)
+    return o.budget or min(f.points.ranges()["C"][1] for f in fits)
 
 
 def optimal(o: Options, f: Fit) -> list[str]:
     C, D = budget_of(o, [f]), o.tokens or float(f.points.D.max())
-    shown = [spread(f, lambda law, i=i: law.optimum(C)[i]) for i in (0, 1)]
+    N_best, D_best = (spread(f, lambda law, i=i: possible(law.optimum(C)[i])) for i in (0, 1))
     loss = spread(f, lambda law: law.loss(*law.optimum(C)))
-    lines = [f"- Compute-optimal at C = {C:.3g}: N = {shown[0]}, D = {shown[1]}, loss {loss}."]
-    lines.append(f"- Compute-optimal at D = {D:.3g}: N = {spread(f, lambda law: law.size(D))}.")
-    reach = max(C / float((6 * f.points.N * f.points.D).max()), D / float(f.points.D.max()))
-    if reach > 10:
-        lines.append(f"- Note: this is {reach:.3g} times what the largest run saw; the law is only tested below that.")
-    return lines
+    lines = [f"- Compute-optimal at C = {C:.3g}: N = {N_best}, D = {D_best}, loss {loss}."]
+    lines.append(f"- Compute-optimal at D = {D:.3g}: N = {spread(f, lambda law: possible(law.size(D)))}.")
+    N_there, D_there = f.law.optimum(C)
+    far = [*f.points.beyond(C=C, N=N_there, D=D_there), *f.points.beyond(N=f.law.size(D), D=D)]
+    return [*lines, *(f"- Note: {what}: the law is not tested there." for what in dict.fromkeys(far))]
 
 
 def gamma_lines(o: Options, f: Fit) -> list[str]:
@@ -219,10 +244,11 @@ def gamma_lines(o: Options, f: Fit) -> list[str]:
     bounds = [max(0.0, gamma) for gamma in f.law.gamma()]
     if f.law.gamma()[0] <= 0:
         lines.append(f"- Note: beta is {f.law.beta:.3f}, 0.5 or more, so the lower end is taken as 0.")
-    N0, D0 = o.anchor or good_enough(f.points, o.tolerance)
+    N0, D0, why = anchor(o, f.points)
     D = o.tokens or 10 * float(f.points.D.max())
     ends = " to ".join(f"{N0 * (D / D0) ** gamma:.3g}" for gamma in bounds)
     lines.append(f"- So, from N = {N0:.3g} at D = {D0:.3g}, an efficient model of D = {D:.3g} tokens has N = {ends}.")
+    lines += [f"- Note: {why}."] if why else []
     gamma, error, found, notes = gamma_of_runs(f.points, o.tolerance)
     what = f"- The smallest N within {o.tolerance:g} nats of the best of its D"
     if math.isfinite(gamma):
@@ -233,29 +259,56 @@ def gamma_lines(o: Options, f: Fit) -> list[str]:
     return [*lines, *(f"- Note: {note}." for note in notes)]
 
 
-def good_enough(p: Points, tolerance: float) -> tuple[float, float]:
-    """N and D of the smallest run within tolerance of the best one of the largest D."""
-    D = p.D.max()
+def anchor(o: Options, p: Points) -> tuple[float, float, str]:
+    """N and D of --anchor, or of a run that stands for an efficient one; and what is to be known of it."""
+    if o.anchor:
+        return *o.anchor, ""
+    lengths = [D for D in np.unique(p.D) if len(np.unique(p.N[p.D == D])) >= FEWEST_VALUES]
+    if not lengths:
+        best = p.loss.argmin()
+        why = f"no D has {FEWEST_VALUES} sizes, so this run is only that of the lowest loss: give a better --anchor"
+        return float(p.N[best]), float(p.D[best]), why
+    D = float(lengths[-1])
     longest = p.take(p.D == D)
-    return float(longest.N[longest.loss <= longest.loss.min() + tolerance].min()), float(D)
+    return float(longest.N[longest.loss <= longest.loss.min() + o.tolerance].min()), D, ""
 
 
 def spread(f: Fit, value: Callable[[Law], float], form: str = ".3g") -> str:
     """'1.2e+06 (1.1e+06 to 1.3e+06)': at the best fit, and from 5 to 95 % over the resamples."""
-    best, low, high = (format(v, form) for v in f.interval(value))
+    best, low, high = (shown(v, form) for v in f.interval(value))
     return f"{best} ({low} to {high})"
 
 
+def shown(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "undetermined"
+
+
+def possible(count: float) -> float:
+    """A number of parameters, tokens or FLOPs, infinite where there is no computer for so few or so many."""
+    return count if 1 <= count <= 1e30 or math.isnan(count) else math.copysign(math.inf, count - 1)
+
+
 def comparison(o: Options, f: Fit, reference: Fit) -> list[str]:
+    """What f needs for the loss of the reference at its optimum; refused where either family saw nothing like it."""
     C = budget_of(o, [f, reference])
     N, D = reference.law.optimum(C)
+    loss = reference.law.loss(N, D)
     lines = [f"## {f.points.name} against {reference.points.name}\n"]
-    lines.append(f"To reach the loss {reference.law.loss(N, D):.4f} that {reference.points.name} has at its optimum")
+    if far := [what for p in (f.points, reference.points) for what in p.beyond(C=C, N=N, D=D)]:
+        return [*lines, f"Not compared at the optimum of {reference.points.name}: {'; '.join(far)}.\n"]
+    lines.append(f"To reach the loss {loss:.4f} that {reference.points.name} has at its optimum")
     lines.append(f"for C = {C:.3g}, N = {N:.3g} and D = {D:.3g}, {f.points.name} needs, as a share of that:\n")
     lines += ["| what it needs | share | 5 % | 95 % |", "|---|---|---|---|"]
-    for (_, *values), name in zip(compare(f, reference, C), ("C, at its own optimum", "D, at that N", "N, at that D")):
-        lines.append(f"| {name} | " + " | ".join("never" if v == math.inf else f"{v:.3f}" for v in values) + " |")
-    return [*lines, ""]
+    shares = compare(f, reference, C)
+    wholes = {"C, at its own optimum": C, "D, at that N": D, "N, at that D": N}
+    for (_, *values), (name, whole) in zip(shares, wholes.items()):
+        cells = ["never" if v == math.inf else shown(possible(v * whole) / whole, ".3g") for v in values]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    far = [what for p in (f.points, reference.points) for what in p.beyond(loss=loss)]
+    for (_, *values), (name, whole) in zip(shares, wholes.items()):
+        needed = [share * whole for share in values if share < math.inf]
+        far += [f"of the shares, {what}" for value in needed for what in f.points.beyond(**{name[0]: value})][:1]
+    return [*lines, "", *(f"- Note: {what}: the law is not tested there." for what in far), ""]
 
 
 # --- Pictures ------------------------------------------------------------------------------------------------------
@@ -295,16 +348,18 @@ def draw_frontier(o: Options, f: Fit, axes: "plot.Axes") -> None:
     """N against D: compute-optimal with its 5 to 95 % band, Kausik's interval from the anchor, and the runs' own."""
     p = f.points
     lengths = np.geomspace(p.D.min(), 10 * p.D.max(), 50)
-    optima = np.array([[law.size(D) for D in lengths] for law in (f.law, *f.resampled)])  # (1 + resamples, 50)
-    axes.plot(lengths, optima[0], label="compute-optimal", **plot.style(0) | dict(marker=""))
-    axes.fill_between(lengths, *np.percentile(optima[1:], (5, 95), axis=0), color="#000000", alpha=0.12, linewidth=0)
-    N0, D0 = o.anchor or good_enough(p, o.tolerance)
+    optima = np.array([f.interval(lambda law, D=D: law.size(D)) for D in lengths])  # (50, 3)
+    best, low, high = np.nan_to_num(optima, nan=np.nan, posinf=1e300).T  # undetermined ends are not drawn
+    axes.plot(lengths, best, label="compute-optimal", **plot.style(0) | dict(marker=""))
+    axes.fill_between(lengths, low, high, color="#000000", alpha=0.12, linewidth=0)
+    N0, D0, _ = anchor(o, p)
     ends = [N0 * (lengths / D0) ** max(0.0, gamma) for gamma in f.law.gamma()]
     axes.fill_between(lengths, *ends, color="#0072b2", alpha=0.3, linewidth=0, label="D^gamma from the anchor")
     if found := gamma_of_runs(p, o.tolerance)[2]:
         axes.plot(*zip(*found), label="smallest good enough", **plot.style(1) | dict(linestyle=""))
     axes.plot(p.D, p.N, color="0.6", marker=".", linestyle="", label="runs")
     axes.set(xscale="log", yscale="log", xlabel="D, training tokens", ylabel="N, parameters")
+    axes.set_ylim(p.N.min() / 30, p.N.max() * 30)
 
 
 if __name__ == "__main__":

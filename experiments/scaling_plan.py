@@ -18,6 +18,7 @@ import hardware
 import optim
 import train as trainer
 from config import TrainConfig, UserError, as_arguments, load_config
+from data.copying import TASKS
 from experiments import lpa_runs
 from experiments.lpa_models import Arm
 from parallel import World
@@ -75,6 +76,11 @@ def train(g: Grid) -> list[Path]:
 def shaped(g: Grid, preset: str, width: int) -> dict[str, Any]:
     """What changes in a preset at another width."""
     c = load_config([preset])
+    if (task := g.dataset or c.dataset) in TASKS:
+        raise UserError(f"{preset} learns the generated task {task}, wanted a corpus, which gives a law in D")
+    structured = [f"{name}={rank}" for name, rank in vars(c.gpt.lowdim).items() if isinstance(rank, str)]
+    if structured:
+        raise UserError(f"{preset} has lowdim.{structured[0]}, wanted ranks that are numbers: they follow the width")
     share = width / c.gpt.n_embd
     heads = next(n for n in range(c.gpt.n_head, 0, -1) if width % (2 * n) == 0)
     ranks = {name: max(1, round(share * rank)) for name, rank in dataclasses.asdict(c.gpt.lowdim).items() if rank}

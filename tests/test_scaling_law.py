@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import astuple
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from test_plot import write_log
 
 from config import UserError, parse
 from experiments import scaling_law, scaling_plan
-from experiments.scaling_fit import Fit, Law, Points, best_law, compare, fit, gamma_of_runs, ratios
+from experiments.scaling_fit import Fit, Law, Points, best_law, bootstrap, compare, fit, gamma_of_runs, ratios
 
 HOFFMANN = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 
@@ -100,6 +101,44 @@ def test_what_a_family_saves_is_what_was_put_in() -> None:
     assert low < 0.5 < high or best == pytest.approx(0.5, abs=0.1)
 
 
+def test_families_are_compared_only_where_both_have_runs() -> None:
+    """Within the grid; not at 1e25 FLOPs, nor with runs a thousand times smaller; a loss nobody had is said."""
+    here = Fit(grid(HOFFMANN, n=3), HOFFMANN, (HOFFMANN,) * 3, ())
+    assert "| C, at its own optimum | 1 | 1 | 1 |" in scaling_law.comparison(options("a", "--budget=1e19"), here, here)
+    refused = scaling_law.comparison(options("a", "--budget=1e25"), here, here)
+    assert "Not compared" in refused[1]
+    assert "C = 1e+25 is more than 10 times outside what grid saw, 6e+14 to 6e+20" in refused[1]
+    p = here.points
+    small = dataclasses.replace(here, points=Points("small", p.N / 1e4, p.D / 1e4, HOFFMANN.loss(p.N / 1e4, p.D / 1e4)))
+    for pair in ((here, small), (small, here)):
+        assert "Not compared" in scaling_law.comparison(options("a"), *pair)[1]
+    worse_law = dataclasses.replace(HOFFMANN, E=2.9)
+    worse = Fit(Points("worse", p.N, p.D, worse_law.loss(p.N, p.D)), worse_law, (worse_law,) * 3, ())
+    text = "\n".join(scaling_law.comparison(options("a"), worse, here))
+    assert "is outside what worse saw" in text
+    assert "| never | never | never |" in text
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(alpha=-0.34), dict(alpha=-0.28), dict(beta=0), dict(beta=-1), dict(alpha=1e4), dict(alpha=0.0101)]
+)
+def test_what_a_resample_without_a_law_gives_is_undetermined(
+    changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 of 40 are more than an interval leaves out: no end. 1 of 40 only widens it. Never a number from nothing."""
+    pytest.importorskip("matplotlib")
+    lost, o = dataclasses.replace(HOFFMANN, **changes), options("a", "--budget=1e19")
+    laws = [dataclasses.replace(HOFFMANN, beta=0.28 + i / 1e4) for i in range(37)]
+    f = Fit(grid(HOFFMANN, n=3), HOFFMANN, (*laws, lost, lost, lost), ())
+    text = "\n".join([*scaling_law.report(o, f), *scaling_law.comparison(o, f, f)])
+    assert "undetermined" in text
+    assert not re.search(r"\b(nan|inf)\b|e\+[3-9]\d|e[+-]\d\d\d", text)
+    _, low, high = Fit(f.points, HOFFMANN, (*laws, lost), ()).interval(lambda law: law.optimum(1e19)[0])
+    assert low < high < 1e10
+    monkeypatch.setattr(scaling_law.plot, "save", lambda figure, out: figure.canvas.draw())
+    scaling_law.draw(o, [f])
+
+
 # --- What is refused -----------------------------------------------------------------------------------------------
 
 
@@ -120,8 +159,14 @@ def test_runs_without_a_law_are_refused(points: Points, message: str) -> None:
 def test_an_entropy_that_is_not_determined_is_said() -> None:
     f = fit(grid(Law(1e-6, 8.0, 0.1, 20.0, 0.12), n=4), resamples=5)
     assert any("at its bound of 0" in note for note in f.notes)
+    assert re.search(r"\| E \| \S+ \| undetermined \|", "\n".join(scaling_law.report(options("a"), f)))
     few = grid(HOFFMANN, n=3)
     assert any("only 9 runs" in note for note in fit(few, resamples=5).notes)
+
+
+def test_resamples_leave_the_bound_of_the_entropy() -> None:
+    at_bound = Law(1e-19, 8.0, 0.1, 20.0, 0.12)
+    assert all(law.E > 1 for law in bootstrap(grid(HOFFMANN, n=4), at_bound, resamples=2, seed=1))
 
 
 def test_runs_that_stopped_early_are_left_out_and_named(tmp_path: Path) -> None:
@@ -131,7 +176,7 @@ def test_runs_that_stopped_early_are_left_out_and_named(tmp_path: Path) -> None:
     points = scaling_law.read((tmp_path / "family",), "total")
     assert points.D.tolist() == [64 * 30, 64 * 30]
     assert points.loss.tolist() == pytest.approx([3 - 0.3 + 0.1 + 1] * 2)
-    assert [note.split(" was ")[1].split(",")[0] for note in points.notes] == [
+    assert [note.split(" was ")[1].split(",")[0] for note in points.notes[:2]] == [
         "evaluated last at step 10 of 30",
         "evaluated last at step 20 of 30",
     ]
@@ -139,6 +184,29 @@ def test_runs_that_stopped_early_are_left_out_and_named(tmp_path: Path) -> None:
     assert (points.N - blocks.N).tolist() == [2 * 256 * 32] * 2  # embedding and head
     with pytest.raises(UserError, match=r"2 runs of 2 sizes N .* left out: .*to_10"):
         fit(points)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(dataset="enwiki"), "dataset is pystdlib in .* and enwiki in"),
+        (dict(vocab=512), "vocab_size is 256 in .* and 512 in"),
+        (dict(eval_tokens=64), "eval_tokens is None in .* and 64 in"),
+        (dict(bits=2.0), "bits per byte of a nat is 1.44.* and 2.0"),
+        (dict(model="recurrent"), "model is gpt in .* and recurrent in"),
+    ],
+)
+def test_losses_of_another_kind_are_not_compared(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    """Neither within a family nor between two of them; the same corpus may lie at another path."""
+    first = write_log(tmp_path / "a" / "0")
+    write_log(tmp_path / "same" / "0", rank=4, dataset="elsewhere/pystdlib")
+    write_log(tmp_path / "b" / "0", **changes)
+    with pytest.raises(UserError, match=message):
+        scaling_law.read((first, tmp_path / "b"), "total")
+    with pytest.raises(UserError, match=message):
+        scaling_law.main(options(tmp_path / "a", "--against", tmp_path / "b"))
+    points = scaling_law.read((first, tmp_path / "same"), "total")
+    assert re.search(r"a training token costs \S+ to \S+ N FLOPs, not 6 N", points.notes[-1])
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
@@ -163,7 +231,7 @@ def test_the_command_writes_report_and_pictures(tmp_path: Path, capsys: pytest.C
     text = out.with_suffix(".md").read_text()
     assert text.rstrip() in capsys.readouterr().out
     assert "| alpha | 0.3" in text
-    assert "times what the largest run saw" in text
+    assert "C = 1e+23 is more than 10 times outside what a saw, 6e+14 to 6e+20: the law is not tested there." in text
     assert "## a against b" in text
     assert out.with_suffix(".svg").exists()
     (tmp_path / "bad.csv").write_text("N,D,loss\n1,2,3\n1,-2,3\n")
@@ -171,6 +239,31 @@ def test_the_command_writes_report_and_pictures(tmp_path: Path, capsys: pytest.C
         scaling_law.main(options(tmp_path / "bad.csv"))
     with pytest.raises(UserError, match="wanted either runs to read, or --plan"):
         options()
+    with pytest.raises(UserError, match=r"anchor is \(1000000.0, 0.0\), wanted N and D above 0"):
+        options(a, "--anchor", "1e6", "0")
+
+
+def test_runs_of_equal_compute_get_one_note_and_an_anchor_that_says_what_it_is() -> None:
+    N, C = (v.ravel() for v in np.meshgrid(np.geomspace(1e6, 1e9, 8), np.geomspace(1e18, 1e20, 8)))
+    points = Points("isoflop", N, C / 6 / N, HOFFMANN.loss(N, C / 6 / N))
+    lines = scaling_law.gamma_lines(options("a"), Fit(points, HOFFMANN, (HOFFMANN,), ()))
+    assert sum("left out" in line for line in lines) == 1
+    assert "60 lengths, are left out of it: fewer than 3 sizes" in "\n".join(lines)
+    assert f"from N = {N[points.loss.argmin()]:.3g} at" in lines[1]
+    assert "only that of the lowest loss: give a better --anchor" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("lowdim = dict(up='blockdense:8:2')", "has lowdim.up=blockdense:8:2, wanted ranks that are numbers"),
+        ("dataset = 'copy'", "learns the generated task copy, wanted a corpus"),
+    ],
+)
+def test_a_preset_that_has_no_other_sizes_is_refused(tmp_path: Path, preset: str, message: str) -> None:
+    (tmp_path / "preset.py").write_text(preset + "\n")
+    with pytest.raises(UserError, match=message):
+        scaling_plan.shaped(scaling_plan.Grid(), str(tmp_path / "preset.py"), 48)
 
 
 def test_the_plan_fills_the_hours_and_a_second_start_keeps_it(
