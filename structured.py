@@ -29,8 +29,8 @@ def parse(kind: str, d_in: int, d_out: int) -> tuple[int, int]:
     if len(numbers) != wanted or not all(number.isdecimal() for number in numbers):
         raise ValueError(f"{kind!r}, wanted a rank, 'blockdense:R:B' or 'blockshuffle:B'")
     rank, blocks = int(numbers[0]) if name == "blockdense" else 0, int(numbers[-1])
-    narrower = min(d_in, d_out)
     shared = d_in if name == "blockdense" else math.gcd(d_in, d_out)
+    narrower = min(d_in, d_out)
     if not 1 <= blocks <= narrower or shared % blocks:
         widths = f"width in = {d_in}" if name == "blockdense" else f"width in = {d_in} and width out = {d_out}"
         few = ", ".join(str(n) for n in range(1, narrower + 1) if shared % n == 0 and n <= 64)

@@ -23,6 +23,11 @@ from config import load_config, user_errors
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than the cores: many tests wait for time to pass, or for other processes."""
+    return 1 + (os.cpu_count() or 1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Models this small gain nothing from a second thread, and lose much where the machine is busy."""

@@ -316,7 +316,8 @@ def test_train_py_trains_resumes_and_loads_it(corpus: Path, tmp_path: Path) -> N
 
 def test_the_table_of_lengths_shows_what_a_text_leaves_behind(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    o = comparison.Options("lengths", lengths=(32, 64), plain_up_to=64, width=16, window=8, seconds=0.01, device="cpu")
+    small = dict(lengths=(32, 64), plain_up_to=64, width=16, window=8, seconds=0.01, rounds=1, device="cpu")
+    o = comparison.Options("lengths", **small)
     lines = comparison.measure_lengths(dataclasses.replace(o, results=tmp_path))
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| recurrent", "| plain"))]
     held = {(row[0], row[1]): int(row[5].replace(",", "")) for row in rows}
