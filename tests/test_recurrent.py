@@ -30,6 +30,8 @@ VARIANTS = {
     "rope": dict(pos="rope"),
     "shared rope, latents": dict(pos="rope", rope_dim=4, lowdim=LowDim(q=4, k=4, v=4, o=4), n_kv_head=1),
     "post-norm, biases": dict(pos="learned", norm_order="post", bias=True),
+    "as a llama, heads normed": dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True),
+    "blocks in factors": dict(pos="none", lowdim=LowDim(q="blockdense:4:2", o="blockshuffle:2", up="blockshuffle:2")),
 }
 
 
