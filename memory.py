@@ -78,7 +78,7 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, len(x), LOSS_CHUNK):
             chunk, y = x[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK, None]
             log_p = F.log_softmax(linear(chunk, w, b), -1, dtype=exact)  # (LOSS_CHUNK, V)
-            loss -= log_p.gather(1, y).sum()
+            loss = loss - log_p.gather(1, y).sum()  # in place, torch 2.11 would compile it to gradients of zero
             if not with_gradients:
                 continue
             # Of the sum, not the mean: a small p / (B T) would vanish in float16, whose loss scale is yet to come.
