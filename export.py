@@ -312,16 +312,16 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
     """config.json, and whose it is. Raises UserError where it computes what we do not."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-    except (OSError, ValueError, AttributeError):
-        kind = None
-    if kind is None:
-        raise UserError(f"{folder} holds no checkpoint of ours, and no config.json of Hugging Face with a model_type")
-    known = {LLAMA.model_type: LLAMA, GPT2.model_type: GPT2}.get(kind)
+        kind = config["model_type"]
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{folder} holds no checkpoint of ours, and no config.json of Hugging Face with a model_type"
+        ) from None
+    known = next((known for known in (LLAMA, GPT2) if known.model_type == kind), None)
     if known is None:
         raise UserError(f"{folder} is a model of type {kind!r}, wanted 'llama' or 'gpt2'")
     wanted = known.constants
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     seen = {name: config.get(name, value) for name, value in wanted.items()}
     if known is LLAMA:
         wanted = wanted | dict(rope_type="default", partial_rotary_factor=1.0)
@@ -383,6 +383,9 @@ def read_model(folder: Path, bias: bool = False) -> GPT:
                 raise UserError(f"{name} in {folder} is of shape {tuple(tensor.shape)}, wanted {shape}")
             for parameter, piece in zip(parameters, tensor.split([len(p) for p in parameters])):
                 parameter.copy_(piece)
+    if c.tie_embeddings and "lm_head.weight" in stored:
+        if not stored["lm_head.weight"]().equal(stored[known.outside["transformer.wte"] + ".weight"]()):
+            raise UserError(f"{folder} ties the embeddings, but its lm_head.weight is another one")
     if stored.keys() - used:
         raise UserError(
             f"{folder} has tensors that {known.class_name} has not: {', '.join(sorted(stored.keys() - used)[:3])}"
@@ -403,8 +406,9 @@ def open_tensors(folder: Path, known: Architecture) -> dict[str, Callable[[], Te
         for file in files:
             opened = safe_open(folder / file, "pt")
             readers |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no dict)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot read the safetensors of {folder}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        told = "; wanted what save_pretrained of transformers writes today, for a .bin can run code"
+        raise UserError(f"cannot read the safetensors of {folder}: {error}{told}") from None
     named = {}
     for name, reader in readers.items():
         full = name if name.startswith((known.prefix, "lm_head.")) else known.prefix + name
