@@ -37,7 +37,8 @@ INSTALL = "needs: pip install safetensors tokenizers"
 @dataclass(frozen=True)
 class ExportConfig:
     source: tyro.conf.Positional[Path]
-    """A run folder, or one of its checkpoints; with --to=preset a Hugging Face folder, or a name on the hub."""
+    """A run folder, or one of its checkpoints, such as RUN/ckpt/best; with --to=preset a Hugging Face folder, or a name
+    on the hub."""
     target: tyro.conf.Positional[Path | None] = None
     """The folder to write, new, empty, or an earlier export."""
     to: Literal["hf", "preset"] = "hf"
@@ -52,8 +53,6 @@ def main(c: ExportConfig) -> None:
     if c.to == "preset" or c.target is None:
         print(preset(c.source))
         return
-    if not c.source.is_dir():
-        raise UserError(f"no run folder {c.source}; wanted one that train.py wrote, such as out/lpa_cpu")
     refuse_foreign(c.target)
     model, tokenizer, manifest = checkpoint.load_model(c.source, torch.device("cpu"), mapped=True)
     origin = dict(run=str(c.source), step=manifest["step"], options=manifest["options"])
@@ -231,9 +230,15 @@ def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any
             shutil.copymode(written / "config.json", written / "model.safetensors")  # else only its owner could read it
             for path in (*written.iterdir(), written):
                 checkpoint.sync(path)
+            old = Path(scratch) / "old"
             if target.exists():
-                target.rename(Path(scratch) / "old")
-            written.rename(target)
+                target.rename(old)
+            try:
+                written.rename(target)
+            except BaseException:  # the folder of scratch would take the earlier export with it
+                if old.exists():
+                    old.rename(target)
+                raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"could not write {target}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -383,9 +388,9 @@ def read_model(folder: Path, bias: bool = False) -> GPT:
                 raise UserError(f"{name} in {folder} is of shape {tuple(tensor.shape)}, wanted {shape}")
             for parameter, piece in zip(parameters, tensor.split([len(p) for p in parameters])):
                 parameter.copy_(piece)
-    if c.tie_embeddings and "lm_head.weight" in stored:
-        if not stored["lm_head.weight"]().equal(stored[known.outside["transformer.wte"] + ".weight"]()):
-            raise UserError(f"{folder} ties the embeddings, but its lm_head.weight is another one")
+    head, embeddings = (stored.get(f"{known.outside[name]}.weight") for name in ("lm_head", "transformer.wte"))
+    if c.tie_embeddings and head and embeddings and not head().equal(embeddings()):
+        raise UserError(f"{folder} ties the embeddings, but its lm_head.weight is another one")
     if stored.keys() - used:
         raise UserError(
             f"{folder} has tensors that {known.class_name} has not: {', '.join(sorted(stored.keys() - used)[:3])}"

@@ -31,7 +31,7 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any] | None) -> dict[
 
     Where `run` is no run, it is a Hugging Face folder, or a name on the hub, of a Llama or a GPT-2.
     """
-    if (run / "ckpt").exists() or (run / "manifest.json").exists():
+    if run.is_file() or (run / "ckpt").exists() or (run / "manifest.json").exists():
         source, _, manifest = checkpoint.load_model(run, torch.device("cpu"), mapped=True)
         spec = manifest["tokenizer"]
     else:

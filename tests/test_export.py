@@ -300,7 +300,7 @@ def test_a_recurrent_model_and_a_short_vocabulary_are_refused(tmp_path: Path) ->
     assert "has 256 ids, the model 128" in complaint(short, BYTES, tmp_path / "out", {}, of=export.export)
 
 
-def test_only_an_export_is_overwritten(tmp_path: Path) -> None:
+def test_only_an_export_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, target = GPT(LLAMA), tmp_path / "out"
     target.mkdir()
     (target / "thesis.tex").write_text("years of work")
@@ -311,6 +311,16 @@ def test_only_an_export_is_overwritten(tmp_path: Path) -> None:
         export.export(model, BYTES, target, dict(step=step))
     assert json.loads((target / "export.json").read_text()) == dict(step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    rename = Path.rename
+
+    def failing(path: Path, to: Path) -> None:
+        if path.name == "new":
+            raise OSError("the disk is gone")
+        rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    assert "the disk is gone" in complaint(model, BYTES, target, dict(step=3), of=export.export)
+    assert json.loads((target / "export.json").read_text()) == dict(step=2)  # the earlier export is whole
 
 
 def test_as_a_user_runs_it(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -323,8 +333,11 @@ def test_as_a_user_runs_it(corpus: Path, tmp_path: Path, capsys: pytest.CaptureF
     idx = tokens((2, 16))
     torch.testing.assert_close(logits(theirs, idx), logits(ours, idx), rtol=0, atol=1e-5)
     assert "step 1 of" in capsys.readouterr().out
+    for pointer in ("best", "last"):
+        export.main(export.ExportConfig(tmp_path / "run" / "ckpt" / pointer, tmp_path / "out"))
+        assert json.loads((tmp_path / "out" / "export.json").read_text())["step"] == 1
     shutil.rmtree(tmp_path / "run")
     nothing = export.ExportConfig(tmp_path / "run", tmp_path / "out")
-    assert "no run folder" in complaint(nothing, of=export.main)
+    assert "holds no checkpoint" in complaint(nothing, of=export.main)
     said = complaint([str(tmp_path)], export.ExportConfig, of=export.parse)
     assert "no folder to write" in said
