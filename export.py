@@ -27,7 +27,7 @@ from torch import Tensor
 
 import checkpoint
 from config import UserError, parse, user_errors
-from data.tokenizers import END_OF_TEXT, Tokenizer, as_hf, from_hf
+from data.tokenizers import END_OF_TEXT, HFTokenizer, Tokenizer, as_hf
 from model import GPT, GPTConfig
 from recurrent import RecurrentGPT
 
@@ -266,8 +266,11 @@ def tokenizer_options(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
     written = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size)
     written |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
     written |= dict(model_input_names=["input_ids", "attention_mask"])
-    ends = {} if tokenizer.end_of_text is None else dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
-    return written | ends
+    end = tokenizer.end_of_text
+    if end is None:
+        return written
+    token = tokenizer.model.id_to_token(end) if isinstance(tokenizer, HFTokenizer) else END_OF_TEXT
+    return written | dict(bos_token=token, eos_token=token)
 
 
 @torch.no_grad()
@@ -426,26 +429,13 @@ def has_bias(stored: dict[str, Callable[[], Tensor]]) -> bool:
     return any(name.endswith(".bias") and bool(read().any()) for name, read in stored.items())
 
 
-def read_tokenizer(folder: Path) -> dict[str, Any] | None:
-    """The spec of a folder's tokenizer as data.tokenizers saves it; None where the folder has no tokenizer.json."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return None
-    try:
-        tokenizer = from_hf(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not of a kind that we have: {error}") from None
-    with tempfile.TemporaryDirectory() as scratch:
-        return tokenizer.save(Path(scratch))
-
-
 def preset(source: Path) -> str:
     """The options of a folder's model, as a preset for train.py; what is as by default is left out."""
     folder = find_folder(source)
     known, config = read_config(folder)
     c = dataclasses.replace(read_options(folder, known, config), bias=has_bias(open_tensors(folder, known)))
     defaults = vars(GPTConfig())
-    lines = [f"# {known.class_name} {source}. The corpus has to be prepared with its tokenizer."]
+    lines = [f"# {known.class_name} {source}. Its tokenizer for a corpus: data.own_text.prepare --tokenizer={folder}"]
     lines += [f"{name} = {value!r}" for name, value in vars(c).items() if value != defaults[name]]
     return "\n".join([*lines, f"init_from = {str(source)!r}"])
 

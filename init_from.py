@@ -14,6 +14,7 @@ import checkpoint
 import export
 import factors
 from config import UserError
+from data.tokenizers import read_hf
 from model import GPT, Dense, LowRank
 from recurrent import RecurrentGPT
 
@@ -36,7 +37,8 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any] | None) -> dict[
         spec = manifest["tokenizer"]
     else:
         folder = export.find_folder(run)
-        source, spec = export.read_model(folder, model.config.bias), export.read_tokenizer(folder)
+        source, read = export.read_model(folder, model.config.bias), read_hf(folder)
+        spec = None if read is None else read.spec()
         if spec is None:
             print(f"warning: {run} has no tokenizer.json; its token ids are taken to be those of the corpus")
     free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())
