@@ -66,7 +66,7 @@ def main(c: EvalConfig) -> None:
     world = join_world(c.device)
     model, tokenizer, manifest = checkpoint.load_model(c.run, world.device)
     if c.tasks is not None:
-        print(benchmark(c, c.tasks.split(","), model, tokenizer, world))
+        print(benchmark(c, [task.strip() for task in c.tasks.split(",")], model, tokenizer, world))
         return
     corpus = data.open_corpus(c.dataset or manifest["options"]["dataset"], c.split)
     require_tokenizer(corpus, manifest["tokenizer"])

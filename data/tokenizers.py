@@ -147,7 +147,7 @@ class HFTokenizer:
         self.model.encode_special_tokens = True  # what looks like one in a text is text
         self.vocab_size = 1 + max(self.model.get_vocab().values())
         self.added = {added["id"]: added["content"] for added in contents["added_tokens"]}
-        self.byte_level = '"ByteLevel"' in json.dumps(contents.get("decoder"))
+        self.byte_of = byte_of_printable() if '"ByteLevel"' in json.dumps(contents.get("decoder")) else {}
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(as_utf8(text).decode(), add_special_tokens=False).ids
@@ -161,8 +161,8 @@ class HFTokenizer:
     def decode_bytes(self, token: int) -> bytes:
         """SentencePiece marks a space by U+2581, and names a byte that is no character like <0x0A>."""
         text = self.added.get(token, self.model.id_to_token(token)) or ""
-        if self.byte_level and token not in self.added:
-            return bytes(byte_of_printable()[c] for c in text)
+        if self.byte_of and token not in self.added:
+            return bytes(self.byte_of[c] for c in text)
         named = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
         return bytes([int(named[1], 16)]) if named else text.replace("\u2581", " ").encode()
 

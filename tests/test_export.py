@@ -323,6 +323,25 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_a_shorter_context_takes_the_first_positions(tmp_path: Path) -> None:
+    theirs = hf_model("gpt2")
+    theirs.save_pretrained(tmp_path)
+    c = export.read_model(tmp_path).config
+    ours = GPT(replace(c, block_size=10)).eval()
+    assert init_from.start_from(tmp_path, ours, None) == {}
+    torch.testing.assert_close(logits(ours, tokens((2, 10))), logits(theirs, tokens((2, 10))), rtol=0, atol=1e-5)
+    said = complaint(tmp_path, GPT(replace(c, block_size=25)), None)
+    assert "block_size: the checkpoint has 24, this run 25" in said
+    assert f"export.py {tmp_path} --to=preset" in said
+
+
+def test_gpt2_itself_fits_its_preset(tmp_path: Path) -> None:
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    gpt2 = replace(export.read_options(tmp_path, *export.read_config(tmp_path)), bias=True)
+    ours = load_config(["config/nanogpt_124m.py", "--bias=true", "--vocab_size=50257"]).gpt
+    assert checkpoint.explicit(ours) == checkpoint.explicit(gpt2)
+
+
 def edited(folder: Path, **options: object) -> Path:
     config = json.loads((folder / "config.json").read_text()) | options
     (folder / "config.json").write_text(json.dumps(config))

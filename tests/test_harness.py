@@ -252,7 +252,8 @@ def test_as_a_user_runs_it(corpus: Path, tasks: list[str], tmp_path: Path, capsy
 
     printed = json.loads(told(f"--tasks={tasks[0]}", "--json", "--limit=4"))
     assert 0 <= printed["results"]["own_choose"]["acc,none"] <= 1
-    assert "own_last_words" in told(f"--tasks={tasks[1]}", "--limit=4")
+    both = told(f"--tasks={tasks[0]}, {tasks[1]}", "--limit=4")
+    assert "own_choose" in both and "own_last_words" in both
     broken = tmp_path / "broken.yaml"
     broken.write_text(Path(tasks[0]).read_text().replace("questions.jsonl", "absent.jsonl"))
     with pytest.raises(UserError, match="cannot load") as error:
