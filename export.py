@@ -351,11 +351,11 @@ def read_options(folder: Path, known: Architecture, config: dict[str, Any]) -> G
         raise UserError(f"{folder / 'config.json'} does not say {', '.join(missing)}")
     options: dict[str, Any] = {ours: config[theirs] for ours, theirs in known.options.items()} | known.computes
     options |= dict(vocab_size=config["vocab_size"], tie_embeddings=config.get("tie_word_embeddings", known.ties))
-    if known is LLAMA:
-        options |= dict(rope_theta=float(config["rope_theta"]))
-        heads_dim = (config.get("head_dim") or 0) * options["n_head"]
-        options |= dict(attn_dim=heads_dim if heads_dim not in (0, options["n_embd"]) else None)
     try:
+        if known is LLAMA:
+            options |= dict(rope_theta=float(config["rope_theta"]))
+            heads_dim = (config.get("head_dim") or 0) * options["n_head"]
+            options |= dict(attn_dim=heads_dim if heads_dim not in (0, options["n_embd"]) else None)
         return GPTConfig(**options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} is of a model that this one cannot be: {error}") from None

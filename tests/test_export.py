@@ -358,6 +358,8 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "hidden_act = 'gelu'" in refused(hidden_act="gelu")
     assert "type 'mistral', wanted 'llama' or 'gpt2'" in refused(model_type="mistral")
     assert "is a model of type ['llama']" in refused(model_type=["llama"])
+    for broken in (dict(rope_theta=None), dict(num_attention_heads=None), dict(head_dim="8"), dict(vocab_size="9")):
+        assert "is of a model that this one cannot be" in refused(**broken)
     assert "no config.json of Hugging Face" in refused(rope_parameters="yarn")
     assert "ties the embeddings, but its lm_head.weight is another" in refused(tie_word_embeddings=True)
     assert "is of shape (48, 32), wanted (64, 32)" in refused(intermediate_size=64)
