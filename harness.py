@@ -93,7 +93,8 @@ class NativeLM(TemplateLM):
         with hardware.autocast(self.device, self.dtype):
             states = self.states_by_context(contexts, batch) if shared and not self.carried else self.states(batch)
             logits = self.model.lm_head(torch.cat(states))[:, : self.tokens.vocab_size].float()  # (all tokens, V)
-        targets = torch.tensor([token for _, continuation in batch for token in continuation], device=self.device)
+        tokens = [token for _, continuation in batch for token in continuation]
+        targets = torch.tensor(tokens, dtype=torch.long, device=self.device)  # there may be none
         losses = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         lengths = [len(continuation) for _, continuation in batch]
         parts = zip(losses.cpu().double().split(lengths), (logits.argmax(-1) == targets).cpu().split(lengths))
