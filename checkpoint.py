@@ -364,10 +364,14 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
 
 
 def load_model(run: Path, device: torch.device, mapped: bool = False) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """A run folder (its newest whole checkpoint), or one step folder -> model in eval mode, tokenizer, manifest.
+    """A run folder (its newest whole checkpoint), one step folder, or `last` or `best` -> model, tokenizer, manifest.
+
+    The model is in eval mode. Raises UserError where there is none, or one that is cut or of another version.
 
     mapped, for the CPU: the weights stay in the file until they are read, so the model may be larger than memory.
     """
+    if run.is_file() and run.parent.name == "ckpt":
+        run = run.parent / run.read_text(errors="replace").strip()
     if (run / "manifest.json").exists():
         folder, manifest = run, read_manifest(run)
     else:

@@ -36,7 +36,7 @@ CHUNK = 1 << 20  # tokens that are decoded at a time
 @dataclass(frozen=True)
 class EvalConfig:
     run: tyro.conf.Positional[Path]
-    """A run folder, or one of its checkpoints."""
+    """A run folder, or one of its checkpoints, such as RUN/ckpt/best."""
     dataset: str | None = None
     """A corpus below data/ or a folder, prepared with the checkpoint's tokenizer; None = what the run trained on."""
     split: str = "val"
@@ -63,12 +63,10 @@ class EvalConfig:
 
 
 def main(c: EvalConfig) -> None:
-    if not c.run.is_dir():
-        raise UserError(f"no run folder {c.run}; wanted one that train.py wrote, such as out/lpa_cpu")
     world = join_world(c.device)
     model, tokenizer, manifest = checkpoint.load_model(c.run, world.device)
     if c.tasks is not None:
-        print(benchmark(c, c.tasks.split(","), model, tokenizer, world))
+        print(benchmark(c, [task.strip() for task in c.tasks.split(",")], model, tokenizer, world))
         return
     corpus = data.open_corpus(c.dataset or manifest["options"]["dataset"], c.split)
     require_tokenizer(corpus, manifest["tokenizer"])

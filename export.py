@@ -27,7 +27,7 @@ from torch import Tensor
 
 import checkpoint
 from config import UserError, parse, user_errors
-from data.tokenizers import END_OF_TEXT, Tokenizer, as_hf, from_hf
+from data.tokenizers import END_OF_TEXT, HFTokenizer, Tokenizer, as_hf
 from model import GPT, GPTConfig
 from recurrent import RecurrentGPT
 
@@ -37,7 +37,8 @@ INSTALL = "needs: pip install safetensors tokenizers"
 @dataclass(frozen=True)
 class ExportConfig:
     source: tyro.conf.Positional[Path]
-    """A run folder, or one of its checkpoints; with --to=preset a Hugging Face folder, or a name on the hub."""
+    """A run folder, or one of its checkpoints, such as RUN/ckpt/best; with --to=preset a Hugging Face folder, or a name
+    on the hub."""
     target: tyro.conf.Positional[Path | None] = None
     """The folder to write, new, empty, or an earlier export."""
     to: Literal["hf", "preset"] = "hf"
@@ -52,8 +53,6 @@ def main(c: ExportConfig) -> None:
     if c.to == "preset" or c.target is None:
         print(preset(c.source))
         return
-    if not c.source.is_dir():
-        raise UserError(f"no run folder {c.source}; wanted one that train.py wrote, such as out/lpa_cpu")
     refuse_foreign(c.target)
     model, tokenizer, manifest = checkpoint.load_model(c.source, torch.device("cpu"), mapped=True)
     origin = dict(run=str(c.source), step=manifest["step"], options=manifest["options"])
@@ -231,9 +230,15 @@ def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any
             shutil.copymode(written / "config.json", written / "model.safetensors")  # else only its owner could read it
             for path in (*written.iterdir(), written):
                 checkpoint.sync(path)
+            old = Path(scratch) / "old"
             if target.exists():
-                target.rename(Path(scratch) / "old")
-            written.rename(target)
+                target.rename(old)
+            try:
+                written.rename(target)
+            except BaseException:  # the folder of scratch would take the earlier export with it
+                if old.exists():
+                    old.rename(target)
+                raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"could not write {target}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -261,8 +266,11 @@ def tokenizer_options(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
     written = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size)
     written |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
     written |= dict(model_input_names=["input_ids", "attention_mask"])
-    ends = {} if tokenizer.end_of_text is None else dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
-    return written | ends
+    end = tokenizer.end_of_text
+    if end is None:
+        return written
+    token = tokenizer.model.id_to_token(end) if isinstance(tokenizer, HFTokenizer) else END_OF_TEXT
+    return written | dict(bos_token=token, eos_token=token)
 
 
 @torch.no_grad()
@@ -312,16 +320,16 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
     """config.json, and whose it is. Raises UserError where it computes what we do not."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-    except (OSError, ValueError, AttributeError):
-        kind = None
-    if kind is None:
-        raise UserError(f"{folder} holds no checkpoint of ours, and no config.json of Hugging Face with a model_type")
-    known = {LLAMA.model_type: LLAMA, GPT2.model_type: GPT2}.get(kind)
+        kind = config["model_type"]
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{folder} holds no checkpoint of ours, and no config.json of Hugging Face with a model_type"
+        ) from None
+    known = next((known for known in (LLAMA, GPT2) if known.model_type == kind), None)
     if known is None:
         raise UserError(f"{folder} is a model of type {kind!r}, wanted 'llama' or 'gpt2'")
     wanted = known.constants
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     seen = {name: config.get(name, value) for name, value in wanted.items()}
     if known is LLAMA:
         wanted = wanted | dict(rope_type="default", partial_rotary_factor=1.0)
@@ -343,11 +351,11 @@ def read_options(folder: Path, known: Architecture, config: dict[str, Any]) -> G
         raise UserError(f"{folder / 'config.json'} does not say {', '.join(missing)}")
     options: dict[str, Any] = {ours: config[theirs] for ours, theirs in known.options.items()} | known.computes
     options |= dict(vocab_size=config["vocab_size"], tie_embeddings=config.get("tie_word_embeddings", known.ties))
-    if known is LLAMA:
-        options |= dict(rope_theta=float(config["rope_theta"]))
-        heads_dim = (config.get("head_dim") or 0) * options["n_head"]
-        options |= dict(attn_dim=heads_dim if heads_dim not in (0, options["n_embd"]) else None)
     try:
+        if known is LLAMA:
+            options |= dict(rope_theta=float(config["rope_theta"]))
+            heads_dim = (config.get("head_dim") or 0) * options["n_head"]
+            options |= dict(attn_dim=heads_dim if heads_dim not in (0, options["n_embd"]) else None)
         return GPTConfig(**options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} is of a model that this one cannot be: {error}") from None
@@ -383,6 +391,9 @@ def read_model(folder: Path, bias: bool = False) -> GPT:
                 raise UserError(f"{name} in {folder} is of shape {tuple(tensor.shape)}, wanted {shape}")
             for parameter, piece in zip(parameters, tensor.split([len(p) for p in parameters])):
                 parameter.copy_(piece)
+    head, embeddings = (stored.get(f"{known.outside[name]}.weight") for name in ("lm_head", "transformer.wte"))
+    if c.tie_embeddings and head and embeddings and not head().equal(embeddings()):
+        raise UserError(f"{folder} ties the embeddings, but its lm_head.weight is another one")
     if stored.keys() - used:
         raise UserError(
             f"{folder} has tensors that {known.class_name} has not: {', '.join(sorted(stored.keys() - used)[:3])}"
@@ -403,8 +414,9 @@ def open_tensors(folder: Path, known: Architecture) -> dict[str, Callable[[], Te
         for file in files:
             opened = safe_open(folder / file, "pt")
             readers |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no dict)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot read the safetensors of {folder}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        told = "; wanted what save_pretrained of transformers writes today, for a .bin can run code"
+        raise UserError(f"cannot read the safetensors of {folder}: {error}{told}") from None
     named = {}
     for name, reader in readers.items():
         full = name if name.startswith((known.prefix, "lm_head.")) else known.prefix + name
@@ -417,26 +429,13 @@ def has_bias(stored: dict[str, Callable[[], Tensor]]) -> bool:
     return any(name.endswith(".bias") and bool(read().any()) for name, read in stored.items())
 
 
-def read_tokenizer(folder: Path) -> dict[str, Any] | None:
-    """The spec of a folder's tokenizer as data.tokenizers saves it; None where the folder has no tokenizer.json."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return None
-    try:
-        tokenizer = from_hf(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not of a kind that we have: {error}") from None
-    with tempfile.TemporaryDirectory() as scratch:
-        return tokenizer.save(Path(scratch))
-
-
 def preset(source: Path) -> str:
     """The options of a folder's model, as a preset for train.py; what is as by default is left out."""
     folder = find_folder(source)
     known, config = read_config(folder)
     c = dataclasses.replace(read_options(folder, known, config), bias=has_bias(open_tensors(folder, known)))
     defaults = vars(GPTConfig())
-    lines = [f"# {known.class_name} {source}. The corpus has to be prepared with its tokenizer."]
+    lines = [f"# {known.class_name} {source}. Its tokenizer for a corpus: data.own_text.prepare --tokenizer={folder}"]
     lines += [f"{name} = {value!r}" for name, value in vars(c).items() if value != defaults[name]]
     return "\n".join([*lines, f"init_from = {str(source)!r}"])
 

@@ -60,4 +60,5 @@ def truncate(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Ten
     u, s, vh = svd
     root = s[:rank].sqrt()
     energy = s.double().square()
-    return root[:, None] * vh[:rank], u[:, :rank] * root, (energy[:rank].sum() / energy.sum()).item()
+    kept = (energy[:rank].sum() / energy.sum()).item() if energy.any() else 1.0  # of nothing, all
+    return root[:, None] * vh[:rank], u[:, :rank] * root, kept

@@ -73,12 +73,15 @@ class NativeLM(TemplateLM):
         return [found[i] for i in range(len(pairs))]
 
     def shortened(self, context: list[int], continuation: list[int]) -> Pair:
-        """Without the context's first tokens, where the model could not see all. UserError if nothing were left."""
+        """Without the context's first tokens, where the model could not see all. UserError if nothing were left.
+
+        lm-eval moves the spaces at a context's end to what follows, so that one of spaces alone is empty here.
+        """
         if len(continuation) > self.max_length:
             length = f"a task asks for {len(continuation)} tokens at once"
             raise UserError(f"{length}, wanted at most block_size = {self.max_length}")
         seen = self.max_length + 1 - len(continuation)
-        return tuple(context[-seen:]), tuple(continuation)
+        return tuple(context[-seen:]) or (self.eot_token_id,), tuple(continuation)
 
     @torch.inference_mode()
     def score(self, batch: list[Pair]) -> list[tuple[float, bool]]:
@@ -90,7 +93,8 @@ class NativeLM(TemplateLM):
         with hardware.autocast(self.device, self.dtype):
             states = self.states_by_context(contexts, batch) if shared and not self.carried else self.states(batch)
             logits = self.model.lm_head(torch.cat(states))[:, : self.tokens.vocab_size].float()  # (all tokens, V)
-        targets = torch.tensor([token for _, continuation in batch for token in continuation], device=self.device)
+        tokens = [token for _, continuation in batch for token in continuation]
+        targets = torch.tensor(tokens, dtype=torch.long, device=self.device)  # there may be none
         losses = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         lengths = [len(continuation) for _, continuation in batch]
         parts = zip(losses.cpu().double().split(lengths), (logits.argmax(-1) == targets).cpu().split(lengths))

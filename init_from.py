@@ -14,6 +14,7 @@ import checkpoint
 import export
 import factors
 from config import UserError
+from data.tokenizers import read_hf
 from model import GPT, Dense, LowRank
 from recurrent import RecurrentGPT
 
@@ -26,20 +27,25 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any] | None) -> dict[
     """Fill the model with the weights of a run or checkpoint -> the energy kept in each layer that changed its rank.
 
     Where a matrix is dense there and low-rank here, or of a higher rank there, A and B are its truncated SVD; where
-    it is factored there and dense here, the product. `tokenizer` is the spec of this model's corpus. Raises UserError
-    where the other model differs in more than structure, dropout and, without learned positions, block_size.
+    it is factored there and dense here, the product. Of learned positions, the first block_size are taken. `tokenizer`
+    is the spec of this model's corpus. Raises UserError where the other model differs in more than structure, dropout
+    and block_size, or has learned fewer positions.
 
     Where `run` is no run, it is a Hugging Face folder, or a name on the hub, of a Llama or a GPT-2.
     """
-    if (run / "ckpt").exists() or (run / "manifest.json").exists():
+    hint = ""
+    if run.is_file() or (run / "ckpt").exists() or (run / "manifest.json").exists():
         source, _, manifest = checkpoint.load_model(run, torch.device("cpu"), mapped=True)
         spec = manifest["tokenizer"]
     else:
         folder = export.find_folder(run)
-        source, spec = export.read_model(folder, model.config.bias), export.read_tokenizer(folder)
+        hint = f". Options that fit: export.py {run} --to=preset"
+        source, read = export.read_model(folder, model.config.bias), read_hf(folder)
+        spec = None if read is None else read.spec()
         if spec is None:
             print(f"warning: {run} has no tokenizer.json; its token ids are taken to be those of the corpus")
-    free = FREE_TO_DIFFER - ({"block_size"} if model.config.pos == "learned" else set())
+    too_long = model.config.pos == "learned" and model.config.block_size > source.config.block_size
+    free = FREE_TO_DIFFER - ({"block_size"} if too_long else set())
     theirs, ours = (
         {k: v for k, v in checkpoint.explicit(gpt.config).items() if k not in free} for gpt in (source, model)
     )
@@ -49,15 +55,16 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any] | None) -> dict[
     if spec is not None and {**spec, "name": None} != {**(tokenizer or {}), "name": None}:
         changed.append("its tokenizer is not that of the corpus")
     if changed:
-        raise UserError(f"init_from is {run}, whose weights do not fit. " + "; ".join(changed))
+        raise UserError(f"init_from is {run}, whose weights do not fit. " + "; ".join(changed) + hint)
     sources, energy = dict(source.named_modules()), {}
     for name, layer in model.named_modules():
-        same = [p.shape for p in layer.parameters(False)] == [p.shape for p in sources[name].parameters(False)]
+        shapes = [[p.shape for p in owner.parameters(False)] for owner in (layer, sources[name])]
+        same = shapes[0] == shapes[1] or isinstance(layer, nn.Embedding)
         if not same:
             energy[name] = change_rank(name, layer, sources[name])
         for parameter in dict(layer.named_parameters(recurse=False)) if same else ["bias"]:
-            if getattr(layer, parameter) is not None:
-                getattr(layer, parameter).copy_(getattr(sources[name], parameter))
+            if (filled := getattr(layer, parameter)) is not None:
+                filled.copy_(getattr(sources[name], parameter)[: len(filled)])
     return energy
 
 

@@ -26,7 +26,7 @@ from config import UserError, parse, user_errors
 @dataclass(frozen=True)
 class SampleConfig:
     run: tyro.conf.Positional[Path]
-    """A run folder, or one of its checkpoints."""
+    """A run folder, or one of its checkpoints, such as RUN/ckpt/best."""
     prompt: str = ""
     """What the text begins with; - reads standard input; empty starts a new text."""
     prompt_file: Path | None = None

@@ -5,6 +5,7 @@ int32 (magic, version, number of tokens, zeros), then the tokens as uint16 or ui
 are uint16 tokens without a header.
 """
 
+import pickle
 import re
 from functools import cache
 from hashlib import sha256
@@ -49,7 +50,7 @@ def check_shard(path: Path, dtype: str, tokens: int | None = None) -> int:
 
 def foreign_files(folder: Path) -> list[tuple[str, Path]]:
     """(split, file) in the order of their names. Raises UserError where they are of several corpora."""
-    named = [(FOREIGN_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("*.bin"))]
+    named = [(FOREIGN_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("*.bin")) if path.is_file()]
     corpora = sorted({str(match[1]) for match, _ in named if match})
     if len(corpora) > 1:
         raise UserError(f"{folder} holds token files of {', '.join(corpora)}, wanted a folder for each")
@@ -62,7 +63,7 @@ def describe_foreign(folder: Path) -> dict[str, Any]:
     Raises UserError where a file is cut or of another kind, or a tokenizer cannot be had.
     """
     files = foreign_files(folder)
-    tokenizer = guess_tokenizer(folder, files)
+    tokenizer = guess_tokenizer(folder)
     splits: dict[str, Any] = {}
     for split, path in files:
         splits.setdefault(split, {"shards": []})["shards"].append(read_foreign(path))
@@ -102,17 +103,28 @@ def largest_token(path: Path, start: int, changed: int) -> int:
     return int(np.memmap(path, "<u2", "r", offset=start).max())
 
 
-def guess_tokenizer(folder: Path, files: list[tuple[str, Path]]) -> Tokenizer:
-    """GPT-2's, which others use without saying so; or the characters of nanoGPT's input.txt, where it gives the tokens.
+def guess_tokenizer(folder: Path) -> Tokenizer:
+    """GPT-2's, which others use without saying so; or the characters that nanoGPT's meta.pkl names.
 
-    nanoGPT's meta.pkl names them too, but a pickle can run code, so it is never opened.
+    Raises UserError where meta.pkl names no characters: its tokens are then none of GPT-2's either.
     """
-    text = folder / "input.txt"
-    if (folder / "meta.pkl").exists() and text.is_file() and {split for split, _ in files} == {"train", "val"}:
-        characters = text.read_text(encoding="utf-8")
-        if sum(path.stat().st_size for _, path in files) == 2 * len(characters):
-            tokenizer = CharTokenizer(set(characters))
-            tokens = np.concatenate([np.fromfile(path, "<u2") for _, path in files])
-            if np.array_equal(tokenizer.encode_array(characters), tokens):
-                return tokenizer
-    return tiktoken_encoding("gpt2")
+    path = folder / "meta.pkl"
+    if not path.exists():
+        return tiktoken_encoding("gpt2")
+    try:
+        with open(path, "rb") as file:
+            ids = PlainValues(file).load()["stoi"]
+        tokenizer = CharTokenizer(ids)
+        if ids != {character: i for i, character in enumerate(tokenizer.characters)}:
+            raise ValueError("its ids are not in the order of the code points")
+    except Exception as error:  # a pickle that was cut or made by hand raises anything
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} does not name characters as nanoGPT's does, one id each ({why})") from None
+    return tokenizer
+
+
+class PlainValues(pickle.Unpickler):
+    """Reads numbers, texts, lists and dicts alone: no class or function is looked up, so a pickle can run no code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")

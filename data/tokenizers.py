@@ -1,4 +1,4 @@
-"""Text to token ids and back: by bytes, by characters, or by byte pairs (BPE).
+"""Text to token ids and back: by bytes, by characters, by byte pairs (BPE), or as a tokenizer.json says.
 
 Each kind has
     vocab_size, end_of_text      the number of ids; the id that ends a document, or None
@@ -14,6 +14,7 @@ and load_tokenizer(folder, spec) makes it again without a network.
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -29,6 +30,7 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-2's way to split text into words before merging, in the form that tiktoken runs fastest.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 RANKS_FILE = "tokenizer.tiktoken"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class ByteTokenizer:
@@ -129,7 +131,54 @@ class BPETokenizer:
         return self.spec()
 
 
-Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
+class HFTokenizer:
+    """Any other tokenizer.json, by the library that reads them: that of a Llama, say, to train it on own text.
+
+    Raises UserError without the library, and whatever it raises where the contents are none.
+    """
+
+    def __init__(self, contents: dict[str, Any], end_of_text: int | None) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"a {TOKENIZER_FILE} needs: pip install tokenizers") from None
+        self.contents, self.end_of_text = {**contents, "truncation": None, "padding": None}, end_of_text
+        self.model = tokenizers.Tokenizer.from_str(json.dumps(self.contents))
+        self.model.encode_special_tokens = True  # what looks like one in a text is text
+        self.vocab_size = 1 + max(self.model.get_vocab().values())
+        self.added = {added["id"]: added["content"] for added in contents["added_tokens"]}
+        self.byte_of = byte_of_printable() if '"ByteLevel"' in json.dumps(contents.get("decoder")) else {}
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(as_utf8(text).decode(), add_special_tokens=False).ids
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.model.decode(list(ids), skip_special_tokens=False)
+
+    def decode_bytes(self, token: int) -> bytes:
+        """SentencePiece marks a space by U+2581, and names a byte that is no character like <0x0A>."""
+        text = self.added.get(token, self.model.id_to_token(token)) or ""
+        if self.byte_of and token not in self.added:
+            return bytes(self.byte_of[c] for c in text)
+        named = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
+        return bytes([int(named[1], 16)]) if named else text.replace("\u2581", " ").encode()
+
+    def spec(self) -> dict[str, Any]:
+        spec = {"kind": "hf", "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+        return {**spec, "sha256": hashlib.sha256(self.as_text().encode()).hexdigest()}
+
+    def as_text(self) -> str:
+        return json.dumps(self.contents, sort_keys=True)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        (folder / TOKENIZER_FILE).write_text(self.as_text(), encoding="utf-8")
+        return self.spec()
+
+
+Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer | HFTokenizer
 
 
 def load_tokenizer(folder: Path | str, spec: dict[str, Any]) -> Tokenizer:
@@ -149,15 +198,17 @@ def from_spec(folder: Path, spec: dict[str, Any]) -> Tokenizer:
         return ByteTokenizer()
     if spec["kind"] == "char":
         return CharTokenizer(spec["characters"])
-    if spec["kind"] != "bpe":
-        raise UserError(f"{folder} has a tokenizer of kind {spec['kind']!r}, wanted 'byte', 'char' or 'bpe'")
-    path = folder / RANKS_FILE
-    if not path.is_file() and spec["name"] in tiktoken.list_encoding_names():
+    if spec["kind"] not in ("bpe", "hf"):
+        raise UserError(f"{folder} has a tokenizer of kind {spec['kind']!r}, wanted 'byte', 'char', 'bpe' or 'hf'")
+    path = folder / (RANKS_FILE if spec["kind"] == "bpe" else TOKENIZER_FILE)
+    if not path.is_file() and spec.get("name") in tiktoken.list_encoding_names():
         return tiktoken_encoding(spec["name"])
     contents = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(contents).hexdigest() != spec["sha256"]:
         state = "is not the file that was saved" if contents else "is missing"
         raise UserError(f"{path} {state}, wanted sha256 {spec['sha256'][:16]}...")
+    if spec["kind"] == "hf":
+        return HFTokenizer(json.loads(contents), spec["end_of_text"])
     pairs = [line.split() for line in contents.splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     return BPETokenizer(spec["name"], spec["pattern"], ranks, spec["end_of_text"])
@@ -201,15 +252,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 def as_hf(tokenizer: Tokenizer) -> dict[str, Any]:
     """The contents of a tokenizer.json that gives the same ids. Raises UserError where there is none.
 
-    All kinds but characters become GPT-2's form, a BPE over printable stand-ins of bytes; bytes alone merge nothing.
+    One of theirs is as it was. All others but characters become GPT-2's form, a BPE over printable stand-ins of bytes;
+    bytes alone merge nothing.
     """
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.contents
     try:
         from tokenizers import Regex, decoders, models, pre_tokenizers
-        from tokenizers import Tokenizer as HFTokenizer
+        from tokenizers import Tokenizer as Model
     except ImportError:
         raise UserError("a tokenizer for Hugging Face needs: pip install tokenizers") from None
     if isinstance(tokenizer, CharTokenizer):
-        made = HFTokenizer(models.WordLevel({c: i for i, c in enumerate(tokenizer.characters)}))
+        made = Model(models.WordLevel({c: i for i, c in enumerate(tokenizer.characters)}))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
         return json.loads(made.to_str())
@@ -220,7 +274,7 @@ def as_hf(tokenizer: Tokenizer) -> dict[str, Any]:
     printable = {byte: character for character, byte in byte_of_printable().items()}
     shown = {token: "".join(printable[byte] for byte in token) for token in ranks}
     vocabulary = {shown[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: tokenizer.end_of_text}
-    made = HFTokenizer(models.BPE(vocabulary, [(shown[a], shown[b]) for a, b in merges(ranks)]))
+    made = Model(models.BPE(vocabulary, [(shown[a], shown[b]) for a, b in merges(ranks)]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits_words)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([END_OF_TEXT])
@@ -239,25 +293,49 @@ def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
 
 
-def from_hf(contents: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, where it is of a form that as_hf writes or GPT-2's own.
+def read_hf(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face folder; None where it has no tokenizer.json. Raises UserError for a broken one.
 
-    Raises ValueError that says what it is, or KeyError or TypeError where it is something else altogether.
+    Where it is of a form that as_hf writes, or GPT-2's own, it is one of ours, so that ids and specs are the same.
     """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return None
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        config = folder / "config.json"
+        ends = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") if config.is_file() else None
+        return own_form(contents) or HFTokenizer(contents, ends[0] if isinstance(ends, list) else ends)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises no kind of its own
+        raise UserError(f"{path} is no tokenizer.json that can be read ({type(error).__name__}: {error})") from None
+
+
+def own_form(contents: dict[str, Any]) -> Tokenizer | None:
+    """One of our tokenizers that gives the same ids as a tokenizer.json, or None. Raises KeyError where parts lack."""
     model, split = contents["model"], contents["pre_tokenizer"] or {}
-    vocabulary = model["vocab"]
-    if model["type"] == "WordLevel" and all(len(token) == 1 for token in vocabulary):
-        return CharTokenizer(vocabulary)
+    if contents["normalizer"] or model["type"] not in ("WordLevel", "BPE"):
+        return None
+    vocabulary: dict[str, int] = model["vocab"]
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    if model["type"] == "WordLevel":
+        plain = max(map(len, tokens)) == 1 and tokens == sorted(tokens) and vocabulary[tokens[-1]] == len(tokens) - 1
+        return CharTokenizer(tokens) if plain else None
     end = next((t["id"] for t in contents["added_tokens"] if t["content"] == END_OF_TEXT), None)
-    byte_level = split.get("type") == "ByteLevel" and not split["add_prefix_space"]
-    if model["type"] != "BPE" or not byte_level or contents["normalizer"] or end is None:
-        raise ValueError(f"{model['type']} after {split.get('type')}, wanted GPT-2's byte-level BPE with {END_OF_TEXT}")
-    if not split.get("use_regex", True) and not model["merges"]:
-        return ByteTokenizer()
     byte_of = byte_of_printable()
-    ordered = sorted((rank, token) for token, rank in vocabulary.items() if rank != end)
-    ranks = {bytes(byte_of[c] for c in token): rank for rank, token in ordered}
-    return BPETokenizer("gpt2" if end == 50256 else f"bpe:{end + 1}", GPT2_PATTERN, ranks, end)
+    ordinary = [token for token in tokens if vocabulary[token] != end]
+    if end is None or split.get("type") != "ByteLevel" or split["add_prefix_space"]:
+        return None
+    if not byte_of.keys() >= set("".join(ordinary)):
+        return None
+    ranks = {bytes(byte_of[c] for c in token): vocabulary[token] for token in ordinary}
+    if not split.get("use_regex", True):
+        return ByteTokenizer() if ranks == {bytes([byte]): byte for byte in range(255)} else None
+    made = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    if made != [token for token in ordinary if len(token) > 1] or len(ranks) - len(made) != 256:
+        return None  # merged in another order than that of the ids
+    return BPETokenizer("gpt2" if end == 50256 else f"bpe:{len(ranks) + 1}", GPT2_PATTERN, ranks, end)
 
 
 def byte_of_printable() -> dict[str, int]:

@@ -25,7 +25,15 @@ from config import UserError
 from data import DATA, corpus_folder, read_meta
 from data.shards import HEADER_BYTES, shard_header
 from data.texts import Piece, Task, cut_safely, in_tasks
-from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, tiktoken_encoding, train_bpe
+from data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    read_hf,
+    tiktoken_encoding,
+    train_bpe,
+)
 
 BPE_CHARACTERS = 1_000_000_000  # a BPE learns from so much text at most; more would change little
 
@@ -40,7 +48,7 @@ class PrepareOptions:
     """Local text to use: a file, or a folder of .txt, .jsonl or .parquet, each also as .gz or .xz."""
     tokenizer: str = "gpt2"
     """byte, char, an encoding of tiktoken such as gpt2, bpe:32000 (trained on the train split), or a prepared corpus
-    whose tokenizer is to be used."""
+    or a Hugging Face folder whose tokenizer is to be used."""
     threads: int | None = None
     """None = one per core. The result does not depend on it."""
     shard_tokens: int = 100_000_000
@@ -164,12 +172,14 @@ def choose_tokenizer(choice: str, source: Source) -> Tokenizer:
         return train_bpe(bpe_texts(source), int(choice[4:]))
     if choice in tiktoken.list_encoding_names():
         return tiktoken_encoding(choice)
+    if (tokenizer := read_hf(Path(choice))) and not (Path(choice) / "meta.json").is_file():
+        return tokenizer
     try:
         folder = corpus_folder(choice)
     except UserError:
         raise UserError(
             f"tokenizer is {choice!r}, wanted byte, char, bpe:SIZE, the name of a prepared corpus, "
-            f"or one of tiktoken's {', '.join(sorted(tiktoken.list_encoding_names()))}"
+            f"a folder with tokenizer.json, or one of tiktoken's {', '.join(sorted(tiktoken.list_encoding_names()))}"
         ) from None
     return load_tokenizer(folder, read_meta(folder)["tokenizer"])
 

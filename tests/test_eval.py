@@ -134,7 +134,7 @@ def test_bad_input_is_one_line(trained: Path, short: Path, tmp_path: Path) -> No
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "no run folder" in complaint(tmp_path / "nothing")
+    assert "holds no checkpoint" in complaint(tmp_path / "nothing")
     assert "holds no checkpoint" in complaint(tmp_path)
     assert "no split 'test'; it has train, val" in complaint(trained, split="test")
     assert "no corpus absent" in complaint(trained, dataset="absent")
@@ -148,4 +148,5 @@ def test_bad_input_is_one_line(trained: Path, short: Path, tmp_path: Path) -> No
 
 
 def test_an_error_leaves_no_traceback(tmp_path: Path) -> None:
-    assert run("eval.py", str(tmp_path / "nothing"), expect=2).stderr.startswith("error: no run folder")
+    said = run("eval.py", str(tmp_path / "nothing"), expect=2).stderr
+    assert said == f"error: {tmp_path}/nothing holds no checkpoint: train first, or name a run folder\n"

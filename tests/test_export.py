@@ -19,11 +19,22 @@ import data
 import decode
 import export
 import init_from
-from config import UserError, load_config
-from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
+from config import UserError, load_config, parse
+from data.own_text import prepare
+from data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    as_hf,
+    load_tokenizer,
+    own_form,
+    read_hf,
+    train_bpe,
+)
 from model import GPT, GPTConfig, LowDim
 from recurrent import RecurrentConfig, RecurrentGPT
 
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 BYTES = ByteTokenizer()
 LLAMA = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=384, ffn_dim=48)
@@ -137,13 +148,88 @@ def test_the_tokenizer_gives_the_same_ids(kind: str, tmp_path: Path) -> None:
         assert ids == ours.encode(part)
         assert theirs.decode(ids) == ours.decode(ids) == part
     assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_text
-    spec = export.read_tokenizer(folder)
-    assert {**spec, "name": None} == {**ours.save(tmp_path), "name": None}
+    assert {**read_hf(folder).spec(), "name": None} == {**ours.spec(), "name": None}
     if kind == "char":
         with pytest.raises(UserError):
             ours.encode(chr(0x3C8))
         with pytest.raises(Exception, match="UNK"):  # no id in its place
             theirs(chr(0x3C8))
+
+
+def foreign_tokenizer(kind: str, text: str) -> tokenizers.Tokenizer:
+    """As Llamas have them: byte-level with digits apart, or SentencePiece's form with bytes to fall back on."""
+    pre, special = tokenizers.pre_tokenizers, ["<s>", "</s>"]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=kind == "pieces", unk_token=None))
+    if kind == "bytes":
+        made.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+        made.decoder, letters = tokenizers.decoders.ByteLevel(), pre.ByteLevel.alphabet()
+    else:
+        made.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+        )
+        forms = tokenizers.decoders
+        steps = [forms.Replace("\u2581", " "), forms.ByteFallback(), forms.Fuse(), forms.Strip(" ", 1, 0)]
+        made.decoder, letters = forms.Sequence(steps), []
+        special = ["<unk>", *special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special[:3], initial_alphabet=letters, show_progress=False
+    )
+    made.train_from_iterator(text.splitlines(), trainer)
+    if kind == "pieces":
+        contents = json.loads(made.to_str())
+        taken = len(contents["model"]["vocab"])
+        contents["model"]["vocab"] |= {name: taken + i for i, name in enumerate(special[3:])}
+        made = tokenizers.Tokenizer.from_str(json.dumps(contents))
+    made.enable_truncation(4)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_a_llama_goes_on_with_its_own_tokenizer(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = Path(__file__).read_text()
+    theirs = foreign_tokenizer(kind, text)
+    source = tmp_path / "llama"
+    model = hf_model("llama")
+    model.resize_token_embeddings(theirs.get_vocab_size())
+    model.config.eos_token_id = theirs.token_to_id("</s>")
+    model.save_pretrained(source)
+    theirs.save(str(source / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(text * 3 + "".join(ODD))
+    arguments = [f"--path={tmp_path / 'text.txt'}", f"--name={tmp_path / 'corpus'}", f"--tokenizer={source}"]
+    prepare.main(parse(arguments, prepare.Options))
+    preset = write(tmp_path / "preset.py", export.preset(source))
+    more = [f"--dataset={tmp_path / 'corpus'}", f"--out_dir={tmp_path / 'run'}", "--lowdim.q=4", "--batch_size=2"]
+    run_here(["train.py", preset, *more, "--max_steps=1", "--eval_tokens=48", "--compile=off", "--device=cpu"])
+    assert "energy kept" in capsys.readouterr().out
+    export.main(export.ExportConfig(tmp_path / "run", tmp_path / "out"))
+    ours = load_tokenizer(tmp_path / "corpus", data.open_corpus(str(tmp_path / "corpus"), "val").meta["tokenizer"])
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported.eos_token_id == ours.end_of_text == theirs.token_to_id("</s>")
+    theirs.no_truncation()
+    for part in [*ODD, "</s> is text", text]:
+        ids = ours.encode(part)
+        assert exported(part)["input_ids"] == ids
+        assert ours.decode(ids) == exported.decode(ids) == part
+        joined = b"".join(map(ours.decode_bytes, ids)).decode()
+        assert joined.removeprefix(" " if kind == "pieces" else "") == part
+        if "</s>" not in part:
+            assert theirs.encode(part, add_special_tokens=False).ids == ids
+
+
+def test_a_tokenizer_that_only_looks_like_ours_is_not_taken_for_it(tmp_path: Path) -> None:
+    text = Path(__file__).read_text()
+    bpe, characters = as_hf(train_bpe([text], 500)), as_hf(CharTokenizer("abc"))
+    assert type(own_form(bpe)).__name__ == "BPETokenizer"
+    bpe["model"]["merges"].reverse()
+    characters["model"]["vocab"] = dict(c=0, a=1, b=2)
+    for contents, part in ((bpe, text), (characters, "abcabc")):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(contents))
+        theirs.encode_special_tokens = True
+        assert read_hf(tmp_path).encode(part) == theirs.encode(part).ids
+    for broken in ("[]", "{}", "{", '{"model": {"type": "BPE"}}'):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        assert "is no tokenizer.json that can be read" in complaint(tmp_path, of=read_hf)
 
 
 def hf_model(kind: str, **options: object) -> torch.nn.Module:
@@ -237,6 +323,25 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_a_shorter_context_takes_the_first_positions(tmp_path: Path) -> None:
+    theirs = hf_model("gpt2")
+    theirs.save_pretrained(tmp_path)
+    c = export.read_model(tmp_path).config
+    ours = GPT(replace(c, block_size=10)).eval()
+    assert init_from.start_from(tmp_path, ours, None) == {}
+    torch.testing.assert_close(logits(ours, tokens((2, 10))), logits(theirs, tokens((2, 10))), rtol=0, atol=1e-5)
+    said = complaint(tmp_path, GPT(replace(c, block_size=25)), None)
+    assert "block_size: the checkpoint has 24, this run 25" in said
+    assert f"export.py {tmp_path} --to=preset" in said
+
+
+def test_gpt2_itself_fits_its_preset(tmp_path: Path) -> None:
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    gpt2 = replace(export.read_options(tmp_path, *export.read_config(tmp_path)), bias=True)
+    ours = load_config(["config/nanogpt_124m.py", "--bias=true", "--vocab_size=50257"]).gpt
+    assert checkpoint.explicit(ours) == checkpoint.explicit(gpt2)
+
+
 def edited(folder: Path, **options: object) -> Path:
     config = json.loads((folder / "config.json").read_text()) | options
     (folder / "config.json").write_text(json.dumps(config))
@@ -252,14 +357,22 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "rope_type = 'llama3' (wanted 'default')" in refused(rope_scaling=dict(rope_type="llama3", factor=8.0))
     assert "hidden_act = 'gelu'" in refused(hidden_act="gelu")
     assert "type 'mistral', wanted 'llama' or 'gpt2'" in refused(model_type="mistral")
+    assert "is a model of type ['llama']" in refused(model_type=["llama"])
+    for broken in (dict(rope_theta=None), dict(num_attention_heads=None), dict(head_dim="8"), dict(vocab_size="9")):
+        assert "is of a model that this one cannot be" in refused(**broken)
+    assert "no config.json of Hugging Face" in refused(rope_parameters="yarn")
+    assert "ties the embeddings, but its lm_head.weight is another" in refused(tie_word_embeddings=True)
     assert "is of shape (48, 32), wanted (64, 32)" in refused(intermediate_size=64)
     assert "has no tensor model.layers.2." in refused(num_hidden_layers=3)
     assert "has tensors that LlamaForCausalLM has not: model.layers.1." in refused(num_hidden_layers=1)
     folder = exported(model, tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # nothing that can run code is read
-    assert "cannot read the safetensors" in complaint(folder, of=export.read_model)
+    assert "wanted what save_pretrained of transformers writes" in complaint(folder, of=export.read_model)
     (folder / "model.safetensors").write_bytes(b"not tensors")
     assert "cannot read the safetensors" in complaint(folder, of=export.read_model)
+    for index in ("[]", '{"weight_map": {"lm_head.weight": 3}}'):
+        write(folder / "model.safetensors.index.json", index)
+        assert "cannot read the safetensors" in complaint(folder, of=export.read_model)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "no folder nobody/nothing" in complaint(Path("nobody/nothing"), of=export.find_folder)
     assert "no folder a/b/c" in complaint(Path("a/b/c"), of=export.find_folder)
@@ -294,7 +407,7 @@ def test_a_recurrent_model_and_a_short_vocabulary_are_refused(tmp_path: Path) ->
     assert "has 256 ids, the model 128" in complaint(short, BYTES, tmp_path / "out", {}, of=export.export)
 
 
-def test_only_an_export_is_overwritten(tmp_path: Path) -> None:
+def test_only_an_export_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, target = GPT(LLAMA), tmp_path / "out"
     target.mkdir()
     (target / "thesis.tex").write_text("years of work")
@@ -305,6 +418,16 @@ def test_only_an_export_is_overwritten(tmp_path: Path) -> None:
         export.export(model, BYTES, target, dict(step=step))
     assert json.loads((target / "export.json").read_text()) == dict(step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    rename = Path.rename
+
+    def failing(path: Path, to: Path) -> None:
+        if path.name == "new":
+            raise OSError("the disk is gone")
+        rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    assert "the disk is gone" in complaint(model, BYTES, target, dict(step=3), of=export.export)
+    assert json.loads((target / "export.json").read_text()) == dict(step=2)  # the earlier export is whole
 
 
 def test_as_a_user_runs_it(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -317,8 +440,11 @@ def test_as_a_user_runs_it(corpus: Path, tmp_path: Path, capsys: pytest.CaptureF
     idx = tokens((2, 16))
     torch.testing.assert_close(logits(theirs, idx), logits(ours, idx), rtol=0, atol=1e-5)
     assert "step 1 of" in capsys.readouterr().out
+    for pointer in ("best", "last"):
+        export.main(export.ExportConfig(tmp_path / "run" / "ckpt" / pointer, tmp_path / "out"))
+        assert json.loads((tmp_path / "out" / "export.json").read_text())["step"] == 1
     shutil.rmtree(tmp_path / "run")
     nothing = export.ExportConfig(tmp_path / "run", tmp_path / "out")
-    assert "no run folder" in complaint(nothing, of=export.main)
+    assert "holds no checkpoint" in complaint(nothing, of=export.main)
     said = complaint([str(tmp_path)], export.ExportConfig, of=export.parse)
     assert "no folder to write" in said

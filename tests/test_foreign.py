@@ -25,10 +25,10 @@ SHORT = ["--max_steps=3", "--log_interval=1", "--eval_tokens=64", "--device=cpu"
 
 
 class Bomb:
-    """A pickle that ends the test when someone opens it."""
+    """A pickle that ends the test when it is let run what it wants."""
 
     def __reduce__(self) -> tuple:
-        return pytest.fail, ("meta.pkl was opened",)
+        return pytest.fail, ("meta.pkl ran code",)
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +57,6 @@ def folder_of(kind: str, folder: Path, tokens: np.ndarray) -> Path:
     if kind == "nanoGPT":
         tokens.tofile(folder / "train.bin")
         tokens[:1000].tofile(folder / "val.bin")
-        (folder / "meta.pkl").write_bytes(pickle.dumps(Bomb()))
-        (folder / "input.txt").write_text("another text")
     elif kind == "llm.c":
         as_llm_c(folder / "tiny_stories_train.bin", tokens)
         as_llm_c(folder / "tiny_stories_val.bin", tokens[:1000])
@@ -110,16 +108,24 @@ def test_other_data_is_not_resumed_on(tmp_path: Path, tokens: np.ndarray) -> Non
     assert open_corpus(str(folder), "train").fingerprint != before
 
 
-def test_nanogpt_s_characters_are_those_of_its_text(tmp_path: Path) -> None:
+def test_nanogpt_s_characters_are_those_of_its_meta_pkl(tmp_path: Path) -> None:
     characters = sorted(set(TEXT))
     ids = np.array([characters.index(c) for c in TEXT], dtype="<u2")
     ids[:5000].tofile(tmp_path / "train.bin")
     ids[5000:].tofile(tmp_path / "val.bin")
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Bomb()))
-    (tmp_path / "input.txt").write_text(TEXT, encoding="utf-8")
+    stoi = {c: i for i, c in enumerate(characters)}
+    notes = dict(vocab_size=len(characters), itos=dict(enumerate(characters)), stoi=stoi)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(notes))
     val = open_corpus(str(tmp_path), "val")
     assert val.vocab_size == len(characters) and val.meta["tokenizer"]["kind"] == "char"
     assert val.bytes == len(TEXT[5000:].encode())
+    turned = dict(stoi=dict(zip(reversed(characters), range(len(characters)))))
+    words = dict(stoi=dict(the=0, owl=1))
+    for wrong in (pickle.dumps(Bomb()), pickle.dumps(turned), pickle.dumps(words), pickle.dumps(notes)[:40], b""):
+        (tmp_path / "meta.pkl").write_bytes(wrong)
+        with pytest.raises(UserError, match=r"meta.pkl does not name characters as nanoGPT's does") as error:
+            open_corpus(str(tmp_path), "val")
+        assert "\n" not in str(error.value)
 
 
 GOOD = np.arange(600, dtype="<u2").tobytes()
@@ -148,6 +154,10 @@ def test_a_bad_file_is_one_line(tmp_path: Path, file: str, contents: bytes, mess
 
 
 def test_a_folder_of_two_corpora_or_no_val_split_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").mkdir()
+    (tmp_path / "val.bin").symlink_to(tmp_path / "absent")
+    with pytest.raises(UserError, match="no corpus"):
+        open_corpus(str(tmp_path), "train")
     as_llm_c(tmp_path / "stories_train.bin", np.arange(50, dtype="<u2"))
     with pytest.raises(UserError, match="has no split 'val'; it has train"):
         open_corpus(str(tmp_path), "val")

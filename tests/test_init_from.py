@@ -65,6 +65,12 @@ def test_energy_and_factors_are_those_of_numpys_svd(dense: Path) -> None:
     assert energy.keys() == {f"transformer.h.{i}.{name}" for i in range(2) for name in ("attn.q", "mlp.down")}
 
 
+def test_a_matrix_of_zeros_keeps_all_of_its_energy() -> None:
+    A, B, energy = factors.truncate(torch.linalg.svd(torch.zeros(6, 5), full_matrices=False), 2)
+    assert energy == 1.0  # NaN is not JSON, which log.jsonl is to be
+    assert not (B @ A).any()
+
+
 def test_the_svd_of_a_product_is_that_of_the_dense_matrix() -> None:
     generator = torch.Generator().manual_seed(1)
     A = torch.randn(7, 40, generator=generator, dtype=torch.float64)
