@@ -193,3 +193,19 @@ def learning_rate(step: int, c: TrainConfig) -> float:
         return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * progress)) / 2
     left = (c.max_steps - step) / (c.decay_share * c.max_steps)
     return c.min_lr + (c.learning_rate - c.min_lr) * min(1.0, left)
+
+
+def late_warm_up(c: TrainConfig) -> str | None:
+    """A warning in one line where the warm-up goes on after the decay should have begun; None where all is well.
+
+    No error: a rate that only rises is how one looks for a good one, and a preset's warm-up is to stand when max_steps
+    is made small to try it out.
+    """
+    decay_start = c.max_steps - 1 if c.schedule == "cosine" else round((1 - c.decay_share) * c.max_steps)
+    if c.warmup_steps <= decay_start:
+        return None
+    if c.warmup_steps < c.max_steps:
+        what = f"falls at once to {learning_rate(c.warmup_steps, c):.2e} when it ends"
+    else:
+        what = f"only rises, to {learning_rate(c.max_steps - 1, c):.2e}; --stop_step tries the start of a schedule out"
+    return f"warmup_steps is {c.warmup_steps}, wanted at most {decay_start}, where the decay begins: the rate {what}"

@@ -100,6 +100,8 @@ def pretrain(c: TrainConfig, world: World) -> None:
     last_step = c.max_steps if c.stop_step is None else min(c.max_steps, c.stop_step)
     log = Log(run, c, state, model, tokens_per_step, last_step, world, resumed=folder is not None)
     log.say(f"{model}\n{optim.describe(optimizers)}")
+    if warning := optim.late_warm_up(c):
+        log.warn(warning)
     if stage is None:
         log.say(f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate")
         log.say(f"tokenizer: {' '.join(str(train_data.meta['tokenizer'].get(name, '')) for name in ('kind', 'name'))}")

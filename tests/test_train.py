@@ -522,6 +522,32 @@ def test_a_warm_up_as_long_as_the_run_or_longer_has_rates_all_the_same() -> None
         assert rates[0] == 1 / warmup_steps
 
 
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        (dict(warmup_steps=7), None),
+        (dict(warmup_steps=8), "8, wanted at most 7, where the decay begins: the rate only rises, to 1.00e+00;"),
+        (dict(warmup_steps=16), "16, wanted at most 7, where the decay begins: the rate only rises, to 5.00e-01;"),
+        (dict(warmup_steps=4, schedule="wsd", decay_share=0.5), None),
+        (dict(warmup_steps=6, schedule="wsd", decay_share=0.5), "4, where the decay begins: the rate falls at once to"),
+        (dict(warmup_steps=0, schedule="wsd", decay_share=1.0), None),
+        (dict(warmup_steps=7, schedule="wsd", decay_share=1 / 8), None),
+    ],
+)
+def test_a_warm_up_that_outlasts_the_start_of_the_decay_has_a_warning(options: dict, warning: str | None) -> None:
+    told = optim.late_warm_up(TrainConfig(learning_rate=1.0, max_steps=8, **options))
+    assert told is None if warning is None else warning in told
+
+
+def test_a_late_warm_up_is_told_once_and_trains(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(arguments(corpus, tmp_path / "run", "--max_steps=2", "--warmup_steps=16"))
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in warnings] == ["warning: warmup_steps is 16"]
+    assert len(losses(tmp_path / "run")) == 2
+
+
 def test_evaluation_is_the_mean_over_the_split_whatever_the_batch(corpus: Path) -> None:
     c = TrainConfig(gpt=GPTConfig(vocab_size=256, **small(), dropout=0.3), batch_size=3)
     model, val = GPT(c.gpt), data.open_corpus(str(corpus), "val")
