@@ -44,6 +44,16 @@ def test_an_apple_gpu_computes_in_float32_unless_told() -> None:
     assert hardware.choose_dtype("bfloat16", MPS) == "bfloat16"
 
 
+def test_a_gpu_without_bfloat16_computes_in_float32_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A V100 or a T4, which want --dtype=float16."""
+    cuda, units = torch.device("cuda"), False
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: units or including_emulation)
+    assert hardware.choose_dtype("auto", cuda) == "float32"
+    assert hardware.choose_dtype("float16", cuda) == "float16"
+    units = True
+    assert hardware.choose_dtype("auto", cuda) == "bfloat16"
+
+
 def test_the_matmul_rate_is_the_flops_of_a_product_over_the_fastest_of_its_times(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
