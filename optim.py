@@ -201,11 +201,12 @@ def late_warm_up(c: TrainConfig) -> str | None:
     No error: a rate that only rises is how one looks for a good one, and a preset's warm-up is to stand when max_steps
     is made small to try it out.
     """
-    decay_start = c.max_steps - 1 if c.schedule == "cosine" else round((1 - c.decay_share) * c.max_steps)
-    if c.warmup_steps <= decay_start:
-        return None
-    if c.warmup_steps < c.max_steps:
-        what = f"falls at once to {learning_rate(c.warmup_steps, c):.2e} when it ends"
-    else:
-        what = f"only rises, to {learning_rate(c.max_steps - 1, c):.2e}; --stop_step tries the start of a schedule out"
-    return f"warmup_steps is {c.warmup_steps}, wanted at most {decay_start}, where the decay begins: the rate {what}"
+    seen, trial = f"warmup_steps is {c.warmup_steps}, wanted", "--stop_step tries the start of a schedule out"
+    if c.warmup_steps >= c.max_steps:
+        highest = learning_rate(c.max_steps - 1, c)
+        return f"{seen} below max_steps = {c.max_steps}: the rate only rises, to {highest:.2e}; {trial}"
+    decay_start = round((1 - c.decay_share) * c.max_steps)
+    if c.schedule == "wsd" and c.warmup_steps > decay_start:
+        rate = learning_rate(c.warmup_steps, c)
+        return f"{seen} at most {decay_start}, where the decay begins: the rate then falls at once to {rate:.2e}"
+    return None

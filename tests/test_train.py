@@ -529,10 +529,10 @@ def test_a_warm_up_as_long_as_the_run_or_longer_has_rates_all_the_same() -> None
     ("options", "warning"),
     [
         (dict(warmup_steps=7), None),
-        (dict(warmup_steps=8), "8, wanted at most 7, where the decay begins: the rate only rises, to 1.00e+00;"),
-        (dict(warmup_steps=16), "16, wanted at most 7, where the decay begins: the rate only rises, to 5.00e-01;"),
+        (dict(warmup_steps=8), "steps is 8, wanted below max_steps = 8: the rate only rises, to 1.00e+00;"),
+        (dict(warmup_steps=16), "steps is 16, wanted below max_steps = 8: the rate only rises, to 5.00e-01;"),
         (dict(warmup_steps=4, schedule="wsd", decay_share=0.5), None),
-        (dict(warmup_steps=6, schedule="wsd", decay_share=0.5), "4, where the decay begins: the rate falls at once to"),
+        (dict(warmup_steps=6, schedule="wsd", decay_share=0.5), "4, where the decay begins: the rate then falls"),
         (dict(warmup_steps=0, schedule="wsd", decay_share=1.0), None),
         (dict(warmup_steps=7, schedule="wsd", decay_share=1 / 8), None),
     ],
