@@ -5,6 +5,7 @@
 
 import ast
 import re
+from functools import cache
 
 import pytest
 from conftest import ROOT
@@ -12,6 +13,12 @@ from conftest import ROOT
 PAGE = (ROOT / "docs" / "wishes.md").read_text()
 ROWS = [line for line in PAGE.splitlines() if re.match(r"\| \d+ \|", line)]
 BELOW = PAGE.rpartition("|\n")[2]
+
+
+@cache
+def functions(file: str) -> list[ast.FunctionDef]:
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef)]
 
 
 def test_the_wishes_are_numbered_from_1_to_25() -> None:
@@ -23,8 +30,7 @@ def test_the_named_tests_exist_and_run_in_make_test(part: str) -> None:
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", part)
     assert named
     for file, name in named:
-        tree = ast.parse((ROOT / "tests" / file).read_text())
-        found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        found = [function for function in functions(file) if function.name == name]
         assert len(found) == 1, f"{file} has {len(found)} tests {name}"
         marks = [ast.unparse(mark) for mark in found[0].decorator_list]
         assert "pytest.mark.slow" not in marks
