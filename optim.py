@@ -193,3 +193,20 @@ def learning_rate(step: int, c: TrainConfig) -> float:
         return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * progress)) / 2
     left = (c.max_steps - step) / (c.decay_share * c.max_steps)
     return c.min_lr + (c.learning_rate - c.min_lr) * min(1.0, left)
+
+
+def late_warm_up(c: TrainConfig) -> str | None:
+    """A warning in one line where the warm-up goes on after the decay should have begun; None where all is well.
+
+    No error: a rate that only rises is how one looks for a good one, and a preset's warm-up is to stand when max_steps
+    is made small to try it out.
+    """
+    seen, trial = f"warmup_steps is {c.warmup_steps}, wanted", "--stop_step tries the start of a schedule out"
+    if c.warmup_steps >= c.max_steps:
+        highest = learning_rate(c.max_steps - 1, c)
+        return f"{seen} below max_steps = {c.max_steps}: the rate only rises, to {highest:.2e}; {trial}"
+    decay_start = round((1 - c.decay_share) * c.max_steps)
+    if c.schedule == "wsd" and c.warmup_steps > decay_start:
+        rate = learning_rate(c.warmup_steps, c)
+        return f"{seen} at most {decay_start}, where the decay begins: the rate then falls at once to {rate:.2e}"
+    return None

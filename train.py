@@ -36,7 +36,7 @@ import optim
 import parallel
 import recurrent
 import structured
-from config import TrainConfig, UserError, load_config, user_errors
+from config import TrainConfig, UserError, as_command, load_config, user_errors
 from data import copying
 from data.copying import Copying
 from data.tokenizers import Tokenizer, load_tokenizer
@@ -99,9 +99,15 @@ def pretrain(c: TrainConfig, world: World) -> None:
 
     last_step = c.max_steps if c.stop_step is None else min(c.max_steps, c.stop_step)
     log = Log(run, c, state, model, tokens_per_step, last_step, world, resumed=folder is not None)
-    log.say(f"{model}\n{optim.describe(optimizers)}")
+    log.say(f"{model}\n{optim.describe(optimizers)}\noptions: {as_command(c)}")
+    if warning := optim.late_warm_up(c):
+        log.warn(warning)
     if stage is None:
-        log.say(f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate")
+        epochs = new_steps * tokens_per_step / train_data.tokens
+        log.say(
+            f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate;"
+            f" {new_steps:,} steps are {epochs:.3g} epochs"
+        )
         log.say(f"tokenizer: {' '.join(str(train_data.meta['tokenizer'].get(name, '')) for name in ('kind', 'name'))}")
     else:
         log.say(f"data: {c.dataset}, {c.task.keep} tokens to keep among {c.task.noise} of noise, made as they are read")

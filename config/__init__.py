@@ -11,6 +11,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -224,6 +225,17 @@ def as_arguments(settings: dict[str, Any], prefix: str = "") -> list[str]:
         nested = isinstance(value, dict)
         arguments += as_arguments(value, f"{prefix}{name}.") if nested else [f"--{prefix}{name}={value}"]
     return arguments
+
+
+def as_command(c: TrainConfig) -> str:
+    """The options that differ from the defaults, as a command line has them: what load_config makes c of."""
+
+    def flat(c: TrainConfig) -> list[str]:
+        options = dataclasses.asdict(c)
+        return as_arguments(options.pop("gpt") | options.pop("recurrent") | options)
+
+    defaults = flat(TrainConfig())
+    return shlex.join(argument for argument in flat(c) if argument not in defaults)
 
 
 def parse(arguments: list[str], options: type[T], description: str | None = None) -> T:

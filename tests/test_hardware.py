@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,34 @@ def test_auto_takes_the_best_device_there_is(
 def test_an_apple_gpu_computes_in_float32_unless_told() -> None:
     assert hardware.choose_dtype("auto", MPS) == "float32"
     assert hardware.choose_dtype("bfloat16", MPS) == "bfloat16"
+
+
+def test_a_gpu_without_bfloat16_computes_in_float32_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A V100 or a T4, which want --dtype=float16."""
+    cuda, units = torch.device("cuda"), False
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: units or including_emulation)
+    assert hardware.choose_dtype("auto", cuda) == "float32"
+    assert hardware.choose_dtype("float16", cuda) == "float16"
+    units = True
+    assert hardware.choose_dtype("auto", cuda) == "bfloat16"
+
+
+def test_the_matmul_rate_is_the_flops_of_a_product_over_the_fastest_of_its_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that only the products move; the first of them does not count."""
+    now, took = 0.0, iter([1.0, 0.75, 0.5, 0.5, 2.0])
+    shapes = []
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        nonlocal now
+        now += next(took)
+        shapes.append((*a.shape, *b.shape))
+
+    monkeypatch.setattr(hardware, "linear", product)
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert hardware.matmul_rate(CPU, "float32", seconds=2.5, n=64) == 2 * 64**3 / 0.5
+    assert shapes == [(64, 64, 64, 64)] * 5
 
 
 def test_autocast_is_of_the_device_and_nothing_in_float32() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from config import CopyTask, TrainConfig, UserError, load_config, parse
+from config import CopyTask, TrainConfig, UserError, as_command, load_config, parse
 from model import GPT, GPTConfig, LowDim
 from recurrent import RecurrentConfig
 
@@ -61,6 +61,13 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     names |= {f"lowdim.{field.name}" for field in dataclasses.fields(LowDim)}
     names.discard("lowdim")
     assert sorted(name for name in names if not re.search(rf"--{re.escape(name)}\b", told)) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_options_that_a_run_tells_make_the_same_run(preset: str) -> None:
+    c = load_config([f"config/{preset}.py", "--out_dir=out/two words"])
+    assert load_config(shlex.split(as_command(c))) == c
+    assert as_command(TrainConfig(max_steps=7)) == "--max_steps=7"
 
 
 # --- Heads of presets --------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ import torch
 from conftest import run, run_here
 
 import checkpoint
+import data
+import data.own_text.prepare as own_text
 import decode
-from config import UserError
+from config import UserError, parse
 from data.tokenizers import CharTokenizer
 from model import GPT, GPTConfig, LowDim
 
@@ -89,7 +91,7 @@ def test_draws_follow_the_softmax_cut_by_top_k_and_top_p() -> None:
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder that has moved away from where it was trained, without its corpus."""
+    """A run folder that has moved away from where it was trained."""
     out = tmp_path_factory.mktemp("runs") / "here"
     options = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_tokens=640"]
     run_here(["train.py", *options, f"--dataset={corpus}", f"--out_dir={out}", "--max_steps=3", "--device=cpu"])
@@ -106,6 +108,23 @@ def test_sample_writes_text_from_a_run_folder_alone(trained: Path) -> None:
     several = run(*command, "--num_samples=2", "--temperature=1.2", "--top_k=20", "--top_p=0.9").stdout
     assert "--- sample 1" in several
     assert "--- sample 2" in several
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe:270"])
+def test_the_tokenizer_is_in_the_checkpoint_and_needs_no_corpus(tokenizer: str, tmp_path: Path) -> None:
+    text, corpus, out = tmp_path / "text.txt", tmp_path / "corpus", tmp_path / "run"
+    text.write_text("To be, or not to be, that is the question. " * 100)
+    own_text.main(parse([f"--path={text}", f"--name={corpus}", f"--tokenizer={tokenizer}"], own_text.Options))
+    options = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_steps=1"]
+    run_here(["train.py", *options, f"--dataset={corpus}", f"--out_dir={out}", "--device=cpu"])
+    ids = data.open_corpus(str(corpus), "train").window(0, 20).tolist()
+    shutil.rmtree(corpus)
+    _, ours, _ = checkpoint.load_model(out, torch.device("cpu"))
+    assert text.read_text().startswith(ours.decode(ids))
+    assert ours.encode(ours.decode(ids)) == ids
+    drawn = run("sample.py", str(out), "--prompt=To be", "--max_new_tokens=5", "--device=cpu").stdout
+    assert drawn.startswith("To be")
+    assert len(drawn) > len("To be\n")
 
 
 def test_sample_stops_with_a_message_when_the_context_is_full(trained: Path) -> None:

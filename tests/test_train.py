@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -224,7 +225,8 @@ def test_the_best_checkpoint_is_that_of_the_lowest_val_loss_and_the_last_is_the_
 ) -> None:
     out = tmp_path / "run"
     options = ["--max_steps=8", "--eval_interval=1", "--learning_rate=0.5", "--warmup_steps=8", "--save_interval=5"]
-    run_here(arguments(corpus, out, *options, "--stop_step=6"))
+    run_here(arguments(corpus, out, *options, "--stop_step=7"))
+    saved = {folder.name for folder in checkpoint.steps(out)}
     run_here(arguments(corpus, out, *options, "--resume"))  # must not take a worse loss for the best
     val_losses = {line["step"]: line["val_loss"] for line in read_log(out) if "val_loss" in line}
     best = min(val_losses, key=val_losses.get)
@@ -232,6 +234,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_val_loss_and_the_last_is_the_
     assert 1 < best < 6, "the rate is to rise until the loss does"
     pointers = [(out / "ckpt" / name).read_text() for name in ("best", "last")]
     assert pointers == [f"step_{best}\n", "step_8\n"]
+    assert saved == {f"step_{best}", "step_5", "step_7"}  # not at each evaluation
     assert checkpoint.read_manifest(out / "ckpt" / f"step_{best}")["best_val_loss"] == val_losses[best]
 
 
@@ -522,6 +525,32 @@ def test_a_warm_up_as_long_as_the_run_or_longer_has_rates_all_the_same() -> None
         assert rates[0] == 1 / warmup_steps
 
 
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        (dict(warmup_steps=7), None),
+        (dict(warmup_steps=8), "steps is 8, wanted below max_steps = 8: the rate only rises, to 1.00e+00;"),
+        (dict(warmup_steps=16), "steps is 16, wanted below max_steps = 8: the rate only rises, to 5.00e-01;"),
+        (dict(warmup_steps=4, schedule="wsd", decay_share=0.5), None),
+        (dict(warmup_steps=6, schedule="wsd", decay_share=0.5), "4, where the decay begins: the rate then falls"),
+        (dict(warmup_steps=0, schedule="wsd", decay_share=1.0), None),
+        (dict(warmup_steps=7, schedule="wsd", decay_share=1 / 8), None),
+    ],
+)
+def test_a_warm_up_that_outlasts_the_start_of_the_decay_has_a_warning(options: dict, warning: str | None) -> None:
+    told = optim.late_warm_up(TrainConfig(learning_rate=1.0, max_steps=8, **options))
+    assert told is None if warning is None else warning in told
+
+
+def test_a_late_warm_up_is_told_once_and_trains(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(arguments(corpus, tmp_path / "run", "--max_steps=2", "--warmup_steps=16"))
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in warnings] == ["warning: warmup_steps is 16"]
+    assert len(losses(tmp_path / "run")) == 2
+
+
 def test_evaluation_is_the_mean_over_the_split_whatever_the_batch(corpus: Path) -> None:
     c = TrainConfig(gpt=GPTConfig(vocab_size=256, **small(), dropout=0.3), batch_size=3)
     model, val = GPT(c.gpt), data.open_corpus(str(corpus), "val")
@@ -539,17 +568,41 @@ def test_evaluation_is_the_mean_over_the_split_whatever_the_batch(corpus: Path) 
     assert math.isnan(train.evaluate(model, val, windows, c, World(0, 1, CPU), watch))
 
 
+def test_every_rank_evaluates_its_share_of_the_windows(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where they are read: the loss would be the same if one rank read them all while the others wait."""
+    c = TrainConfig(gpt=GPTConfig(vocab_size=256, **small()), batch_size=2)
+    model, val = GPT(c.gpt), data.open_corpus(str(corpus), "val")
+    windows, read = data.eval_windows(val, 32)[:10], []
+    eval_batch = data.eval_batch
+    monkeypatch.setattr(data, "eval_batch", lambda *place: read.extend(place[2].tolist()) or eval_batch(*place))
+    monkeypatch.setattr(World, "mean", lambda world, value: value / world.size)  # of this rank alone
+    counts = []
+    for rank in range(3):
+        train.evaluate(model, val, windows, c, World(rank, 3, CPU))
+        counts.append(len(read) - sum(counts))
+    assert sorted(counts) == [3, 3, 4]
+    assert sorted(read) == windows.tolist()
+
+
 def test_the_log_tells_the_setting_and_each_step(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
+    monkeypatch.setattr(hardware, "matmul_rate", lambda *_: 2.0**38)  # no machine's in a table
     options = ["--max_steps=4", "--log_interval=2", "--eval_interval=2", "--tokens_per_step=256"]
     run_here(arguments(corpus, out, *options))
     told = capsys.readouterr().out
     assert "a step: 256 tokens = 4 sequences x 32 tokens x 1 ranks x 2 micro-steps\n" in told
     assert re.search(r"^AdamW +factors +16 tensors +4,096 parameters, decay 0\n", told, flags=re.MULTILINE)
+    changed = re.search(r"^options: (.*)\n", told, flags=re.MULTILINE)[1]
+    assert {"--tokens_per_step=256", "--n_embd=32", "--lowdim.q=8"} <= set(shlex.split(changed))
+    assert "learning_rate" not in changed  # as by default
     first, *lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    tokens = data.open_corpus(str(corpus), "train").tokens
+    assert f"data: {tokens:,} training tokens of {corpus}" in told
+    assert f"; 4 steps are {4 * 256 / tokens:.3g} epochs\n" in told
     assert {"versions", "device", "options", "parameters"} <= first.keys()
+    assert first["matmul_flops"] == 2.0**38
     assert first["options"]["gpt"]["lowdim"]["q"] == 8
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 4]
@@ -558,7 +611,10 @@ def test_the_log_tells_the_setting_and_each_step(
     assert steps[-1]["tokens"] == 4 * 256
     flops = 3 * GPT(GPTConfig(vocab_size=256, **small())).flops_per_token()
     for line in steps:
-        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / first["matmul_flops"])
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 2.0**38)
+    for before, line in itertools.pairwise(steps):  # over all steps since the line before
+        passed = line["seconds"] - before["seconds"]
+        assert line["tokens_per_second"] * passed == pytest.approx(line["tokens"] - before["tokens"])
     evaluations = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in evaluations] == [2, 4]
     val = data.open_corpus(str(corpus), "val")

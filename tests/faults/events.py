@@ -27,8 +27,8 @@ def kill_at() -> None:
     """SIGKILL at the FAULT_AT-th event of FAULT_KIND by which this process touches the disk; FAULT_LOG lists them all.
 
     save: before a file of tensors is written. write: after it, when half of it is gone again, as after a power cut.
-    fsync, rename, mkdir, prune: before the call. Of several ranks only FAULT_RANK is killed; the others then wait less
-    than usual for one that will not answer.
+    open: before Python opens a file of a checkpoint to write it. fsync, rename, mkdir, prune: before the call. Of
+    several ranks only FAULT_RANK is killed; the others then wait less than usual for one that will not answer.
     """
     kind, at = os.environ.get("FAULT_KIND", ""), int(os.environ.get("FAULT_AT", 0))
     parallel.ROLL_CALL_SECONDS = 0.5
@@ -67,7 +67,13 @@ def kill_at() -> None:
         fsync(descriptor)
 
     torch.save, os.fsync, dcp.FileSystemWriter.write_data = noted_save, noted_fsync, noted_write_data
-    sys.addaudithook(lambda name, _: event(AUDITED[name]) if name in AUDITED else None)
+    def noted_call(name: str, arguments: tuple) -> None:
+        if name in AUDITED:
+            event(AUDITED[name])
+        elif name == "open" and "/ckpt/" in str(arguments[0]) and "w" in (arguments[1] or ""):
+            event("open")
+
+    sys.addaudithook(noted_call)
 
 
 def full_disk() -> None:

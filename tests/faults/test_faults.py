@@ -193,7 +193,7 @@ def test_the_deadline_ends_all_ranks_and_a_resume_goes_on(corpus: Path, tmp_path
 
 def test_a_signal_to_one_rank_stops_all_of_them(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ["--tokens_per_step=256", "--max_steps=100000", "--log_interval=1000", "--shard"]
+    options = ["--tokens_per_step=256", "--max_steps=100000", "--log_interval=1000", "--shard", "--hang_timeout=60"]
     run_ranks(2, arguments(corpus, out, *options), tmp_path, "events.signal_rank_1")
     stopped = json.loads((out / "stopped.json").read_text())
     assert stopped["reason"] == "SIGTERM"
