@@ -85,7 +85,9 @@ def test_twenty_steps_equal_ten_and_a_resume_and_ten_bit_for_bit(corpus: Path, t
     assert not same(tensors(broken, 20), tensors(unbroken, 20))
 
 
-def test_a_resume_may_train_for_longer_but_not_another_model(corpus: Path, tmp_path: Path) -> None:
+def test_a_resume_may_train_for_longer_but_not_another_model(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     run_here(arguments(corpus, out, "--max_steps=3"))
     before = tensors(out, 3)
@@ -100,6 +102,9 @@ def test_a_resume_may_train_for_longer_but_not_another_model(corpus: Path, tmp_p
     assert "tokens_per_step: the checkpoint has 128, this run 256" in str(error.value)
     assert same(before, tensors(out, 3))
     run_here(arguments(corpus, out, "--max_steps=5", "--resume"))
+    assert "is left" not in capsys.readouterr().out
+    run_here(arguments(corpus, out, "--max_steps=5", "--resume"))
+    assert "step_5: no step is left of 5\n" in capsys.readouterr().out
     assert [line["step"] for line in read_log(out) if "loss" in line] == [1, 2, 3, 4, 5]
 
 
