@@ -1,8 +1,9 @@
-"""Every command of README, docs and CONTRIBUTING names what exists, parses, and, for the three of the demo, runs.
+"""Every command of the pages and the docstrings names what exists, parses, and, for the three of the demo, runs.
 
     .venv/bin/pytest tests/test_readme.py        CPU, about 20 s
 """
 
+import ast
 import importlib
 import re
 import shlex
@@ -20,11 +21,19 @@ from config import TrainConfig, load_config, parse
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+PATHS = [path for folder in (".", "config", "data", "experiments") for path in sorted((ROOT / folder).glob("*.py"))]
+PATHS += sorted((ROOT / "data").glob("*/prepare.py"))
+DOCSTRINGS = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in PATHS]
 COMMANDS = sorted({
     line.split("#")[0].split("|")[-1].strip()
     for block in BLOCKS
     for line in block.splitlines()
     if re.match(r"(python|torchrun|make|cat) ", line)
+} | {
+    re.split(r" {2,}| > ", command)[0].strip()
+    for docstring in DOCSTRINGS
+    for command in re.findall(r"^(?:launch)? *(?:echo .*\| )?((?:python|torchrun) .*)", docstring, flags=re.MULTILINE)
+    if "$" not in command and "config/mine.py" not in command  # what the shell fills in, a preset of the reader
 })  # fmt: skip
 
 
