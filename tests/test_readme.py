@@ -4,6 +4,7 @@
 """
 
 import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -61,6 +62,13 @@ def test_the_command_exists_and_its_options_parse(command: str) -> None:
         parse(arguments, plain[script])
     else:
         load_config(arguments, {"train.py": TrainConfig, "bench.py": bench.BenchConfig}[script])
+
+
+def test_the_line_that_begins_with_gpt2_has_its_options(tmp_path: Path) -> None:
+    pytest.importorskip("transformers").GPT2Config().save_pretrained(tmp_path)  # of the published 124M
+    theirs = dataclasses.replace(export.read_options(tmp_path, *export.read_config(tmp_path)), bias=True)
+    command = next(command for command in COMMANDS if "--init_from=gpt2" in command)
+    assert load_config(shlex.split(command)[2:]).gpt == theirs
 
 
 def test_code_of_the_walkthrough_stands_in_the_model() -> None:
