@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -643,6 +644,22 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_2() -> None:
     assert result.stderr == (
         "error: Unrecognized options: --learning_rat=1; perhaps you meant --learning_rate\n"
     )
+
+
+def test_a_wandb_that_does_not_start_is_one_line(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Error(Exception):
+        pass
+
+    def init(**options: object) -> None:
+        raise Error("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Error=Error, init=init))
+    with pytest.raises(UserError) as error:
+        run_here(arguments(corpus, tmp_path / "run", "--max_steps=2", "--wandb"))
+    said = "No API key configured. Use `wandb login` to log in."
+    assert str(error.value) == f"wandb did not start: {said} Or set WANDB_MODE=offline"
 
 
 def test_importing_train_does_nothing() -> None:
