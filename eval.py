@@ -1,9 +1,9 @@
 """Perplexity, nats per token and bits per byte of a checkpoint, over all of a split; or benchmarks.
 
-    python eval.py out/lpa_cpu --split=val                                    disjoint windows
-    python eval.py out/lpa_370m --split=test --stride=256 --dtype=bfloat16    more context for every token
-    torchrun --nproc_per_node=8 eval.py out/lpa_370m --split=test --json      the windows shared by all ranks
-    python eval.py out/lpa_370m --tasks=lambada_openai,hellaswag,own.yaml     through lm-eval, see harness.py
+    python eval.py out/lpa_cpu --split=val                                       disjoint windows
+    python eval.py out/lpa_370m_s1 --split=test --stride=256 --dtype=bfloat16    more context for every token
+    torchrun --nproc_per_node=8 eval.py out/lpa_370m_s1 --split=test --json      the windows shared by all ranks
+    python eval.py out/lpa_370m --tasks=lambada_openai,hellaswag,own.yaml        through lm-eval, see harness.py
 
 Windows of block_size tokens begin every `stride` tokens. Each token but the first of the split is a target exactly
 once, in the first window that reaches it; with a stride S below block_size T it sees at least T - S tokens before it.

@@ -2,7 +2,7 @@
 
     python export.py out/lpa_cpu --to=hf exported                 then AutoModelForCausalLM.from_pretrained("exported")
     python export.py gpt2 --to=preset > config/mine.py            the options that fit a folder, or a name on the hub
-    python train.py config/mine.py --init_from=gpt2 --dataset=... to train it further; see init_from.py
+    python train.py config/mine.py --init_from=gpt2 --dataset=books    to train it further; see init_from.py
 
 RMSNorm, SwiGLU and RoPE are LlamaForCausalLM; LayerNorm, GELU and learned positions GPT2LMHeadModel. Factors A, B and
 blocks become the matrix that they stand for, multiplied in float64 and rounded once. Ids that only pad the vocabulary

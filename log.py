@@ -78,7 +78,11 @@ class Log:
         except ImportError:
             raise UserError("--wandb needs its package: pip install 'wandb>=0.19,<1'") from None
         config = setting["options"] | {name: setting[name] for name in ("parameters", "versions", "ranks")}
-        self.wandb = wandb.init(project="lpa", name=run.name, id=self.wandb_id, resume="allow", dir=run, config=config)
+        options: dict[str, Any] = dict(project="lpa", name=run.name, id=self.wandb_id, resume="allow", dir=run)
+        try:
+            self.wandb = wandb.init(**options, config=config)
+        except wandb.Error as error:  # no account, no network
+            raise UserError(f"wandb did not start: {error} Or set WANDB_MODE=offline") from None
         self.wandb.define_metric("*", step_metric="step")
         self.wandb_id = self.wandb.id
 

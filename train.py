@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py config/lpa_370m.py                 many GPUs of one machine
     torchrun --nproc_per_node=8 train.py config/lpa_3b.py --shard           the model spread over them (FSDP)
     torchrun --nproc_per_node=2 train.py config/lpa_cpu.py --device=cpu     the same on a CPU, over gloo
-    python train.py config/lpa_cpu.py --max_steps=2000 --resume             go on where the last checkpoint is
+    python train.py config/lpa_cpu.py --max_steps=5000 --resume             go on where the last checkpoint is
     python train.py config/lpa_cpu.py --init_from=out/dense_cpu             begin with that model's weights, truncated
     python train.py config/mine.py --init_from=gpt2                         or a Hugging Face model's; see export.py
 
@@ -108,7 +108,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
             f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate;"
             f" {new_steps:,} steps are {epochs:.3g} epochs"
         )
-        log.say(f"tokenizer: {' '.join(str(train_data.meta['tokenizer'].get(name, '')) for name in ('kind', 'name'))}")
+        log.say(f"tokenizer: {train_data.meta['tokenizer'].get('name', train_data.meta['tokenizer']['kind'])}")
     else:
         log.say(f"data: {c.dataset}, {c.task.keep} tokens to keep among {c.task.noise} of noise, made as they are read")
     log.say(
@@ -118,7 +118,8 @@ def pretrain(c: TrainConfig, world: World) -> None:
     if guided_steps:
         ratio = f"{guided_steps / new_steps:.3f} of the {new_steps:,} over new batches"
         log.say(f"self-guided: {guided_steps:,} steps, {ratio}; {c.max_steps:,} in all")
-    log.say(f"going on from {folder}" if folder else f"writing to {run}")
+    done = f": no step is left of {last_step:,}" if state["step"] >= last_step else ""
+    log.say(f"going on from {folder}{done}" if folder else f"writing to {run}")
     if folder is None and c.init_from is not None:
         log.say(f"weights of {c.init_from}; {init_from.energy_table(energy)}")
         log.write(dict(step=0, energy_kept=energy))

@@ -6,6 +6,7 @@ presets from left to right, puts what they assign in front of the user's own arg
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import math
 import os
@@ -13,7 +14,7 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -240,7 +241,8 @@ def as_command(c: TrainConfig) -> str:
 
 def parse(arguments: list[str], options: type[T], description: str | None = None) -> T:
     """tyro's parser with bare flags (--wandb, --resume), lower-case booleans, and errors of one line."""
-    flags = boolean_names(options)
+    named = kinds(options)
+    flags = {name for name, kind in named.items() if kind is bool}
     bare = {**dict.fromkeys(flags, "True"), "resume": "must"}
     written = []
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
@@ -260,30 +262,36 @@ def parse(arguments: list[str], options: type[T], description: str | None = None
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
-        raise UserError(in_one_line(complaint.getvalue())) from None
+        raise UserError(in_one_line(complaint.getvalue(), named)) from None
 
 
-def boolean_names(options: type) -> set[str]:
-    """Names of the boolean options, those of nested dataclasses too."""
-    names = set()
+def kinds(options: type, prefix: str = "") -> dict[str, Any]:
+    """The type of each named option, those of nested dataclasses too: {'n_layer': int, 'lowdim.q': int | str, ...}."""
+    found: dict[str, Any] = {}
     for option in dataclasses.fields(options):
-        kind = get_args(option.type)[0] if get_origin(option.type) is Annotated else option.type
+        kind, *marks = get_args(option.type) if get_origin(option.type) is Annotated else (option.type,)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            names |= boolean_names(kind)
-        elif kind is bool:
-            names.add(option.name)
-    return names
+            flat = any(getattr(mark, "name", None) == "" for mark in marks)
+            found |= kinds(kind, prefix if flat else f"{prefix}{option.name}.")
+        elif tyro.conf.Positional not in marks:
+            found[prefix + option.name] = kind
+    return found
 
 
-def in_one_line(box: str) -> str:
-    """The message inside the box that tyro draws, and the names it suggests."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    ends = [i for i, line in enumerate(lines) if line.startswith(("Perhaps you meant", "Argument"))]
+def in_one_line(box: str, named: Iterable[str]) -> str:
+    """The message inside the box that tyro draws, in ASCII on some terminals, and the names that it or we suggest."""
+    lines = [line.strip("│╭╮╰╯─|+ ") for line in box.splitlines()[1:]]
+    lines = [line for line in lines if line.strip("-")]
+    ends = [i for i, line in enumerate(lines) if line.startswith(("Perhaps", "Argument", "For full"))]
     start = ends[0] if ends else len(lines)
-    message = " ".join(line for line in lines[:start] if line and not line.startswith("For full helptext"))
+    message = " ".join(lines[:start])
     message = re.sub(r"^Error parsing (?!--)\w+: ", "", message)
     names = [line.split()[0] for line in lines[start:] if line.startswith("--")]
-    if names and not lines[start].startswith("Argument helptext"):
+    if ends and lines[start].startswith("Argument helptext"):
+        names = []
+    if not names and (unknown := re.match(r"Unrecognized options: --([\w.]+)", message)):
+        names = [f"--{name}" for name in difflib.get_close_matches(unknown[1], named)]
+    if names:
         message += f"; perhaps you meant {' or '.join(names[:3])}"
     return message
 

@@ -6,7 +6,9 @@ Trains what is missing below out/factor_init/, so it may be stopped and run agai
 results/factor_init.md.
 """
 
+import dataclasses
 import datetime
+import hashlib
 import json
 import statistics
 import sys
@@ -46,15 +48,16 @@ def main(o: Options) -> None:
 
 
 def trained(o: Options, arm: str, changes: dict, rate: float, seed: int) -> float:
-    """Final validation bits per byte of one run, trained unless it is there."""
-    out = Path("out/factor_init") / f"{arm.replace(' ', '_')}_{o.dataset}_{o.steps}_{rate:g}_{seed}"
+    """Final validation bits per byte of one run, trained unless one of these very options is there."""
     flags = [f"--dataset={o.dataset}", f"--max_steps={o.steps}", f"--learning_rate={rate}", f"--seed={seed}"]
-    flags += [f"--out_dir={out}", "--eval_interval=0", "--eval_tokens=200000", "--resume=auto"]
+    flags += ["--eval_interval=0", "--eval_tokens=200000", "--resume=auto"]
     for name, value in changes.items():
         flags += [f"--lowdim.{k}={v}" for k, v in value.items()] if name == "lowdim" else [f"--{name}={value}"]
     c = load_config([o.preset, *flags])
+    key = hashlib.sha256(json.dumps(dataclasses.asdict(c), sort_keys=True).encode()).hexdigest()[:10]
+    out = Path("out/factor_init") / f"{arm.replace(' ', '_')}_{key}"
     if not finished(out, o.steps):
-        train.main(c)
+        train.main(dataclasses.replace(c, out_dir=str(out)))
     if not finished(out, o.steps):
         raise UserError(f"{out} was stopped; the same command goes on")
     return json.loads((out / "log.jsonl").read_text().splitlines()[-1])["val_bits_per_byte"]
@@ -81,8 +84,8 @@ def write(o: Options, table: dict[tuple[str, float], list[float]]) -> None:
         "|---|---|---|---|",
     ]
     for arm, (rate, values) in best.items():
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-        lines.append(f"| {arm} | {rate:g} | {statistics.mean(values):.4f} | {spread:.4f} |")
+        spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "–"
+        lines.append(f"| {arm} | {rate:g} | {statistics.mean(values):.4f} | {spread} |")
     text = "\n".join(lines) + "\n"
     Path("results").mkdir(exist_ok=True)
     Path("results/factor_init.md").write_text(text)

@@ -1,7 +1,7 @@
 """Curves of any runs, as the paper's figures 2 and 3, and perplexity against rank, from their log.jsonl.
 
     python -m experiments.plot out/dense out/lpa --out=results/curves            training loss against tokens
-    python -m experiments.plot out/* --x=flops --y=bits_per_byte --watch         drawn again while a run goes on
+    python -m experiments.plot out/*_cpu --x=flops --y=bits_per_byte --watch     drawn again while a run goes on
     python -m experiments.plot out/dense out/r16 out/r64 --x=rank --y=perplexity
 
 A run is named by what sets it apart from the others, and runs that differ in nothing but their seed become one curve,

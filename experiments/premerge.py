@@ -1,10 +1,10 @@
 """Does a low-rank layer decode faster as its merged matrix B A, and layers that share an input as one joined matrix?
 
-    OMP_NUM_THREADS=1 python -m experiments.premerge
+    python -m experiments.premerge
 
-For each width and number of tokens a table line: microseconds of CPU time of the calling thread, which other programs
-on the machine hardly change; run with one thread. It holds several copies of each layer, as a model has many layers,
-so that no weight is in a cache.
+For each width and number of tokens a table line: microseconds of CPU time on one thread, which other programs on the
+machine hardly change. It holds several copies of each layer, as a model has many layers, so that no weight is in a
+cache.
 
 Shapes: C width, R rank, F ffn width, N tokens.
 """
@@ -36,7 +36,8 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
 @torch.inference_mode()
 def main(o: Options) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, microseconds; ratios over the form before\n")
+    torch.set_num_threads(1)  # what is measured is the time of the calling thread
+    print(f"torch {torch.__version__}, 1 thread, microseconds; ratios over the form before\n")
     columns = ["shape", "tokens"]
     for before, after in (("B (A x)", "(B A) x"), ("q, k, v apart", "joined"), ("gate, up apart", "joined")):
         columns += [before, after, "ratio"]

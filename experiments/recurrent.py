@@ -215,7 +215,8 @@ def measure_lengths(o: Options) -> list[str]:
         if name != "plain" or o.plain_up_to >= T:
             found = cost(models[name], T, o, device)
             costs[name][T] = found if T not in costs[name] else least(found, costs[name][T])
-            print(f"{name}, {T} tokens: {costs[name][T]}", flush=True)
+            told = f"{found.train_us:.1f} µs a token in training, {found.generate_us:.0f} in generation"
+            print(f"{name}, {T:,} tokens: {told}", flush=True)
     draw(o, costs)
     lines = [f"One layer of width {o.width}, blocks of {o.window} tokens, float32, one sequence.\n"]
     lines += ["| model | tokens | training, µs a token | kept for backward, bytes a token |", "|---|---|---|---|"]

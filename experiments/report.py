@@ -1,7 +1,7 @@
 """One page about any runs, to look at and to send: what differs, curves, samples, singular values, figures of bench.py.
 
     python -m experiments.report out/dense_cpu out/lpa_cpu --out=results/report.html
-    python -m experiments.report out/* --bench=bench_train.json --singular_values=false
+    python -m experiments.report out/*_cpu --bench=bench_train.json --singular_values=false
 
 Reads log.jsonl, the newest checkpoint, and bench*.json in the run folder, which `bench.py ... --json > RUN/bench.json`
 writes, where they are there. The page holds everything in itself: no script, no network, pictures as vectors.

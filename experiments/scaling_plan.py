@@ -112,14 +112,18 @@ def planned_lengths(g: Grid, sizes: list[tuple[str, dict[str, Any]]]) -> list[in
     tokens, unique = per_step.pop(), data.open_corpus(configs[0].dataset, "train").tokens
     speeds = [seconds_per_step(c, g) for c in configs]
     evaluations = g.eval_tokens / tokens / 3 * sum(speeds)  # a forward pass is a third of a step
-    left = 3600 * g.hours * g.jobs - g.lengths * (evaluations + START_SECONDS * len(configs))
-    longest = int(left / sum(speeds) / (2 - 2 ** (1 - g.lengths)))  # lengths of 1 + 1/2 + 1/4 + ...
+    beside = g.lengths * (evaluations + START_SECONDS * len(configs))
+    per_longest = sum(speeds) * (2 - 2 ** (1 - g.lengths))  # lengths of 1 + 1/2 + 1/4 + ...
+    longest, fewest = int((3600 * g.hours * g.jobs - beside) / per_longest), FEWEST_STEPS * 2 ** (g.lengths - 1)
+    if unique < fewest * tokens:
+        raise UserError(f"the corpus has {unique:,} tokens, wanted {fewest * tokens:,} for {g.lengths} lengths")
+    if longest < fewest:
+        hours = math.ceil((fewest * per_longest + beside) / 36 / g.jobs) / 100
+        raise UserError(f"hours is {g.hours:g}, wanted {hours:g}: the shortest runs are to have {FEWEST_STEPS} steps")
     if longest * tokens > unique:
         print(f"the corpus bounds the lengths, {unique:,} tokens to be seen once: {g.hours:g} hours are not needed")
         longest = unique // tokens
     steps = [longest // 2**i for i in reversed(range(g.lengths))]
-    if steps[0] < FEWEST_STEPS:
-        raise UserError(f"the shortest run would have {steps[0]} steps, wanted {FEWEST_STEPS}: give more --hours")
     if not g.dry_run:
         g.out_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dict(asked=asked, steps=steps), indent=1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import optim
-from experiments import optimizers, time_to_loss
+from experiments import factor_init, optimizers, time_to_loss
 from model import GPT, GPTConfig, LowDim
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=64, lowdim=LowDim(q=8, k=8, v=6, o=8))
@@ -55,6 +55,20 @@ def test_a_preset_is_timed_once_for_its_options_and_tokens(
     assert {time_to_loss.reached(run, 99.0).steps for run in written} == {2}
     preset.write_text(preset.read_text() + "n_layer = 2\n")
     assert time_to_loss.train_once(o, str(preset), 1) not in written
+
+
+def test_a_start_is_trained_anew_for_another_preset(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    preset = tmp_path / "tiny.py"
+    preset.write_text("n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 16\nbatch_size = 2\ndevice = 'cpu'\n")
+    o = factor_init.Options(str(preset), str(corpus), steps=2)
+    losses = [factor_init.trained(o, "matched", {}, 1e-3, 1) for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert len(list((tmp_path / "out/factor_init").iterdir())) == 1
+    preset.write_text(preset.read_text() + "n_embd = 32\n")
+    assert factor_init.trained(o, "matched", {}, 1e-3, 1) != losses[0]
 
 
 def test_heads_of_b_are_made_orthogonal_one_by_one() -> None:

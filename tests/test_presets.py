@@ -6,6 +6,7 @@
 import ast
 import dataclasses
 import importlib
+import io
 import re
 import shlex
 from pathlib import Path
@@ -39,6 +40,27 @@ def test_a_wrong_preset_is_one_line(tmp_path: Path, text: str, message: str) -> 
         load_config([str(tmp_path / "preset.py")])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("--lern_rate=3", "--learning_rate"),  # too far away for tyro
+        ("--max_iters=5", "--max_steps"),
+        ("--lowdim.qq=5", "--lowdim.q"),
+        ("--quite_another=5", None),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_mistyped_option_names_the_nearest(
+    argument: str, meant: str | None, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))  # by which tyro draws its box
+    with pytest.raises(UserError) as error:
+        load_config([argument])
+    message, _, names = str(error.value).partition("; perhaps you meant ")
+    assert message == f"Unrecognized options: {argument}"
+    assert names.split(" or ")[0] == (meant or "")
 
 
 def test_presets_stack_and_the_command_line_wins(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Every command of README, docs and CONTRIBUTING names what exists, parses, and, for the three of the demo, runs.
+"""Every command of the pages and the docstrings names what exists, parses, and, for the three of the demo, runs.
 
     .venv/bin/pytest tests/test_readme.py        CPU, about 20 s
 """
 
+import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -20,11 +22,19 @@ from config import TrainConfig, load_config, parse
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+PATHS = [path for folder in (".", "config", "data", "experiments") for path in sorted((ROOT / folder).glob("*.py"))]
+PATHS += sorted((ROOT / "data").glob("*/prepare.py"))
+DOCSTRINGS = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in PATHS]
 COMMANDS = sorted({
     line.split("#")[0].split("|")[-1].strip()
     for block in BLOCKS
     for line in block.splitlines()
     if re.match(r"(python|torchrun|make|cat) ", line)
+} | {
+    re.split(r" {2,}| > ", command)[0].strip()
+    for docstring in DOCSTRINGS
+    for command in re.findall(r"^(?:launch)? *(?:echo .*\| )?((?:python|torchrun) .*)", docstring, flags=re.MULTILINE)
+    if "$" not in command and "config/mine.py" not in command  # what the shell fills in, a preset of the reader
 })  # fmt: skip
 
 
@@ -52,6 +62,13 @@ def test_the_command_exists_and_its_options_parse(command: str) -> None:
         parse(arguments, plain[script])
     else:
         load_config(arguments, {"train.py": TrainConfig, "bench.py": bench.BenchConfig}[script])
+
+
+def test_the_line_that_begins_with_gpt2_has_its_options(tmp_path: Path) -> None:
+    pytest.importorskip("transformers").GPT2Config().save_pretrained(tmp_path)  # of the published 124M
+    theirs = dataclasses.replace(export.read_options(tmp_path, *export.read_config(tmp_path)), bias=True)
+    command = next(command for command in COMMANDS if "--init_from=gpt2" in command)
+    assert load_config(shlex.split(command)[2:]).gpt == theirs
 
 
 def test_code_of_the_walkthrough_stands_in_the_model() -> None:

@@ -281,8 +281,11 @@ def test_the_plan_fills_the_hours_and_a_second_start_keeps_it(
     assert scaling_plan.planned_lengths(g, sizes) == steps
     with pytest.raises(UserError, match="is of other options"):
         scaling_plan.planned_lengths(dataclasses.replace(g, hours=1), sizes)
-    with pytest.raises(UserError, match="give more --hours"):
-        scaling_plan.planned_lengths(dataclasses.replace(g, out_dir=tmp_path / "other"), sizes)
+    other = dataclasses.replace(g, out_dir=tmp_path / "other")
+    with pytest.raises(UserError, match=r"hours is 0\.1, wanted ") as error:
+        scaling_plan.planned_lengths(other, sizes)
+    wanted = float(re.search(r"wanted ([\d.]+):", str(error.value))[1])
+    assert scaling_plan.planned_lengths(dataclasses.replace(other, hours=wanted), sizes)[0] >= scaling_plan.FEWEST_STEPS
     assert json.loads((tmp_path / "plan.json").read_text())["steps"] == steps
 
 

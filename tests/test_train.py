@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def test_twenty_steps_equal_ten_and_a_resume_and_ten_bit_for_bit(corpus: Path, t
     assert not same(tensors(broken, 20), tensors(unbroken, 20))
 
 
-def test_a_resume_may_train_for_longer_but_not_another_model(corpus: Path, tmp_path: Path) -> None:
+def test_a_resume_may_train_for_longer_but_not_another_model(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     run_here(arguments(corpus, out, "--max_steps=3"))
     before = tensors(out, 3)
@@ -101,6 +104,9 @@ def test_a_resume_may_train_for_longer_but_not_another_model(corpus: Path, tmp_p
     assert "tokens_per_step: the checkpoint has 128, this run 256" in str(error.value)
     assert same(before, tensors(out, 3))
     run_here(arguments(corpus, out, "--max_steps=5", "--resume"))
+    assert "is left" not in capsys.readouterr().out
+    run_here(arguments(corpus, out, "--max_steps=5", "--resume"))
+    assert "step_5: no step is left of 5\n" in capsys.readouterr().out
     assert [line["step"] for line in read_log(out) if "loss" in line] == [1, 2, 3, 4, 5]
 
 
@@ -694,6 +700,22 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_2() -> None:
     assert result.stderr == (
         "error: Unrecognized options: --learning_rat=1; perhaps you meant --learning_rate\n"
     )
+
+
+def test_a_wandb_that_does_not_start_is_one_line(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Error(Exception):
+        pass
+
+    def init(**options: object) -> None:
+        raise Error("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Error=Error, init=init))
+    with pytest.raises(UserError) as error:
+        run_here(arguments(corpus, tmp_path / "run", "--max_steps=2", "--wandb"))
+    said = "No API key configured. Use `wandb login` to log in."
+    assert str(error.value) == f"wandb did not start: {said} Or set WANDB_MODE=offline"
 
 
 def test_importing_train_does_nothing() -> None:
