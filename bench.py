@@ -36,6 +36,7 @@ import optim
 import planning
 import train
 from config import TrainConfig, UserError, load_config, user_errors
+from guard import Guard
 from model import GPT, GPTConfig, LowDim
 from parallel import World, spread
 
@@ -336,7 +337,7 @@ def training(
     compile_it(model, options, world)
     optimizers = optim.make_optimizers(model, options)  # pyrefly: ignore (AdamW takes any module)
     scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
-    guard = train.Guard(device)
+    guard = Guard(device)
 
     def step() -> None:
         train.train_step(model, [(x, y)], 1, optimizers, scaler, guard, options, world)

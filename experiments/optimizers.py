@@ -27,6 +27,7 @@ import hardware
 import optim
 import train
 from config import TrainConfig, load_config, parse, user_errors
+from guard import Guard
 from model import GPT, LowRank
 from parallel import World
 
@@ -116,7 +117,7 @@ def trained(c: TrainConfig, arm: Arm) -> dict:
     c, micro_steps = train.share_step(train.with_vocabulary(c, train_data, val_data), world)
     model = GPT(c.gpt, c.seed).to(world.device)
     optimizers = make_optimizers(model, c, arm)
-    scaler, guard = torch.amp.GradScaler(world.device.type, enabled=False), train.Guard(world.device)
+    scaler, guard = torch.amp.GradScaler(world.device.type, enabled=False), Guard(world.device)
     start = time.perf_counter()
     for step in range(c.max_steps):
         rate = optim.set_learning_rate(optimizers, step, c)

@@ -29,8 +29,8 @@ import hardware
 import parallel
 from config import parse, user_errors
 from data.tokenizers import ByteTokenizer
+from guard import Guard
 from parallel import Watch, World
-from train import Guard
 
 RANKS = 2  # of the sharded save
 

@@ -21,6 +21,7 @@ from config import TrainConfig, UserError, as_arguments, load_config
 from data.copying import TASKS
 from experiments import lpa_runs
 from experiments.lpa_models import Arm
+from guard import Guard
 from parallel import World
 from recurrent import new_model
 
@@ -139,7 +140,7 @@ def seconds_per_step(c: TrainConfig, g: Grid) -> float:
     c = dataclasses.replace(c, dtype=hardware.choose_dtype(c.dtype, world.device))
     model = new_model(c.model, c.gpt, c.recurrent, c.seed).to(world.device)
     x = torch.randint(len(model.lm_head.weight), (c.batch_size, c.gpt.block_size), device=world.device)  # (B, T)
-    optimizers, guard = optim.make_optimizers(model, c), trainer.Guard(world.device)
+    optimizers, guard = optim.make_optimizers(model, c), Guard(world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
 
     def step() -> None:

@@ -17,9 +17,10 @@ import hardware
 import optim
 import planning
 from config import TrainConfig
+from guard import Guard
 from model import GPT, GPTConfig, LowDim
 from parallel import Watch, World
-from train import Guard, train_step
+from train import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

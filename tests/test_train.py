@@ -31,6 +31,7 @@ import optim
 import train
 from config import TrainConfig, UserError, load_config
 from data.tokenizers import ByteTokenizer
+from guard import Guard
 from model import GPT, GPTConfig, LowDim
 from parallel import Watch, World
 
@@ -381,7 +382,7 @@ def pieces(request: pytest.FixtureRequest) -> tuple:
     optimizers = optim.make_optimizers(model, c)
     scaler = torch.amp.GradScaler("cpu", enabled="scaled" in request.param, init_scale=8.0)
     idx = torch.randint(64, (4, 33))
-    return c, model, optimizers, scaler, train.Guard(CPU), [(idx[:, :-1], idx[:, 1:])], World(0, 1, CPU)
+    return c, model, optimizers, scaler, Guard(CPU), [(idx[:, :-1], idx[:, 1:])], World(0, 1, CPU)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(pieces: tuple) -> None:
@@ -425,7 +426,7 @@ def test_clipped_steps_are_counted_also_over_a_resume(corpus: Path, tmp_path: Pa
     run_here(arguments(corpus, tmp_path / "run", *options, "--resume"))
     counted = [line["clipped"] for line in read_log(tmp_path / "run") if "loss" in line]
     assert counted == [sum(norm > clip for norm in norms[: n + 1]) for n in range(6)]
-    guard = train.Guard(CPU)
+    guard = Guard(CPU)
     guard.judge(torch.tensor(1.0), torch.tensor(math.inf))
     assert guard.counts() == dict(skipped=1, clipped=0)
 

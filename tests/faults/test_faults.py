@@ -22,7 +22,7 @@ from test_train import arguments, losses, same, tensors
 
 import checkpoint
 from config import UserError
-from train import Guard
+from guard import Guard
 
 SIX = ["--max_steps=6", "--save_interval=2"]
 
