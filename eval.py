@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tqdm import tqdm
 
 import checkpoint
 import data
@@ -60,6 +61,8 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, wanted 1 or more")
+        if self.tasks is None and (self.limit, self.num_fewshot) != (None, None):
+            raise ValueError("limit and num_fewshot are of --tasks, which is not given")
 
 
 def main(c: EvalConfig) -> None:
@@ -120,7 +123,7 @@ def evaluate(model: GPT, corpus: data.Corpus, stride: int, batch_size: int, dtyp
         raise UserError(f"the {corpus.split} split of {corpus.folder} has {corpus.tokens} tokens, wanted 2 or more")
     mine = windows(corpus.tokens, model.config.block_size, stride)[world.rank :: world.size]
     total = torch.zeros((), dtype=torch.float64)
-    for i in range(0, len(mine), batch_size):
+    for i in tqdm(range(0, len(mine), batch_size), corpus.split, leave=False, disable=True if world.rank else None):
         rows = mine[i : i + batch_size]
         longest = max(end - start for start, _, end in rows)
         x = torch.zeros(len(rows), longest, dtype=torch.long)  # (B, T); what fills a short row stands after its tokens
