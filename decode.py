@@ -14,6 +14,7 @@ vocabulary.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,7 @@ class KVCache:
             for name, (heads, width) in cached_widths(c).items()
         }
         self.latent_k, self.latent_v = latent_keys(c), latent(c, "v") > 0
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.length = 0
         self.padding: Tensor | None = None
 
@@ -140,7 +141,8 @@ def attend_to_cache(
         scores = scores + read(qr * scale, held["kr"].mT)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    y = read(scores.float().softmax(-1).type_as(q), held["v"])  # (B, H, T, D) or (B, H, T, R)
+    share = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    y = read(share.type_as(q), held["v"])  # (B, H, T, D) or (B, H, T, R)
     if v_layer is not None:
         bias = None if v_layer.bias is None else v_layer.bias.unflatten(0, (-1, 1, D))
         y = per_head(y, v_layer.B.unflatten(0, (-1, D)).mT, bias)  # (B, H, T, D)
@@ -252,12 +254,14 @@ def seconds_of(layers: list[Merged], x: Tensor, few: int) -> float:
 # --- Generation ----------------------------------------------------------------------------------------------------
 
 
-def new_cache(model: GPT, batch_size: int) -> KVCache:
-    """An empty cache in the precision that the model's products have here and now, autocast or not."""
+def new_cache(model: GPT, batch_size: int, tokens: int | None = None) -> KVCache:
+    """An empty cache for so many tokens, None = block_size, in the precision of the products here and now, autocast or
+    not."""
     weight = model.lm_head.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    return KVCache(model.config, batch_size, weight.device, dtype)
+    c = model.config if tokens is None else replace(model.config, block_size=tokens)
+    return KVCache(c, batch_size, weight.device, dtype)
 
 
 @torch.inference_mode()

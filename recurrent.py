@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from decode import draw
+from decode import KVCache, draw, new_cache
 from model import GPT, Attention, Block, GPTConfig, attend, describe, project, rotations
 
 
@@ -46,12 +46,23 @@ class RecurrentConfig:
 
 @dataclass
 class State:
-    """All that a text so far leaves behind: as large after a thousand blocks as after two."""
+    """All that a text so far leaves behind: as many bytes after a thousand blocks as before the first token.
 
-    carried: list[tuple[Tensor, Tensor] | None]
-    """p and h of each layer's last whole block, (B, W, C) each; None until there is one."""
-    open: Tensor | None = None
-    """Embeddings of the tokens since, (B, M, C) with M below W."""
+    A token of the open block i passes T twice: in window i - 1, as right half, it gets its h, and in window i, as left
+    half, its y. T is causal, so of the tokens before it only keys and values are needed, and a left half has those by
+    which its block was closed. Tensors are (L, B, W, C), L layers.
+    """
+
+    window: KVCache
+    """Of the 2 W tokens of window i - 1: the left half, and the open block so far."""
+    closing: KVCache
+    """Of the open block in window i."""
+    before: Tensor
+    """p of i - 1, which the right half adds."""
+    p: Tensor
+    """p of i; in the first block x, so far."""
+    y: Tensor
+    """y of i, which will be p of i + 1, so far."""
     length: int = 0
     """Tokens so far."""
 
@@ -149,26 +160,45 @@ class RecurrentGPT(GPT):
     # A text that goes on
 
     def extend(self, x: Tensor, state: State) -> Tensor:
-        """Embeddings (B, T, C) of what follows a text -> what the layers make of them (B, T, C). The state goes on."""
+        """Embeddings (B, T, C) of what follows a text -> what the layers make of them (B, T, C). The state goes on.
+
+        Each T sees the new tokens alone, twice.
+        """
         found = []
         while x.size(1):
-            held = 0 if state.open is None else state.open.size(1)
-            new, x = x[:, : self.window - held], x[:, self.window - held :]
-            y = new.clone() if state.open is None else torch.cat([state.open, new], dim=1)  # (B, M, C)
-            state.length += new.size(1)
-            whole = y.size(1) == self.window
-            state.open = None if whole else y
+            held = state.length % self.window
+            y, x = x[:, : self.window - held], x[:, self.window - held :]
+            here = slice(held, held + y.size(1))
             for layer, block in enumerate(self.transformer.h):
-                before = state.carried[layer]
-                p, h = (y, self.apply_block(block, y)) if before is None else self.step(block, *before, y)
-                if whole:  # copies, as above, for a view would keep all that it is cut from alive
-                    state.carried[layer] = p.clone(), h.clone()
-                y = self.close(block, p, h)
-            found.append(y[:, held:])
+                if state.length < self.window:
+                    state.p[layer, :, here] = y
+                else:
+                    y = self.alpha_now() * state.before[layer, :, here] + y  # (B, M, C)
+                h = self.apply_cached(block, y, state.window)
+                y = self.apply_cached(block, self.alpha_now() * state.p[layer, :, here] + h, state.closing)
+                state.y[layer, :, here] = y
+            for cache in (state, state.window, state.closing):
+                cache.length += y.size(1)
+            if state.closing.length == self.window:
+                state.before, state.p, state.y = state.p, state.y, state.before
+                for name, values in state.closing.held.items():
+                    state.window.held[name][..., : self.window, :] = values
+                state.window.length, state.closing.length = self.window, 0
+            found.append(y)
         return torch.cat(found, dim=1)
 
-    def new_state(self) -> State:
-        return State([None] * self.config.n_layer)
+    def apply_cached(self, block: Block, x: Tensor, cache: KVCache) -> Tensor:
+        """T of the x (B, M, C) that follow what a cache holds."""
+        places = slice(cache.length, cache.length + x.size(1))
+        return block(x, None if self.rotation is None else self.rotation[:, places].to(x.dtype), cache)
+
+    def new_state(self, batch_size: int) -> State:
+        """Of no text, in the precision that the model's products have here and now."""
+        c = self.config
+        window, closing = (new_cache(self, batch_size, tokens) for tokens in (2 * self.window, self.window))
+        shape = (c.n_layer, batch_size, self.window, c.n_embd)
+        before, p, y = (torch.empty(shape, device=window.device, dtype=window.dtype) for _ in range(3))
+        return State(window, closing, before, p, y)
 
     def flops_per_token(self, context: int | None = None) -> int:
         """As GPT's, with each block passed twice, in windows of 2 W tokens: the same at any context."""
@@ -231,13 +261,13 @@ def generate(
     ends = model.config.pos == "learned"
     block_size = model.config.block_size
     kept = max(1, block_size // 2)
-    state, new = model.new_state(), idx[:, -block_size:] if ends else idx
+    state, new = model.new_state(len(idx)), idx[:, -block_size:] if ends else idx
     recent = new[:, -kept:] if ends else None  # what a text begins anew with
     for _ in range(tokens):
         if recent is not None and state.length + new.size(1) > block_size:
             if beyond == "stop":
                 return
-            state, new = model.new_state(), recent
+            state, new = model.new_state(len(idx)), recent
         for part in new.split(model.window, dim=1):  # so that a long prompt needs no more than a short one
             logits = model(part, cache=state, last=True)[:, -1, :vocab_size].float()  # (B, V)
         new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)

@@ -236,7 +236,7 @@ SIZES = {
 def arms(table: str, scale: str) -> list[Arm]:
     """The rows of a table of trained models ('1' ... '8', 'size'); none where the scale has no run for it."""
     if table == "size":
-        return [arm for shape in SIZES[scale] for arm in pair(shape, scale)]
+        return [row for shape in SIZES[scale] for row in pair(shape, scale)]
     return [arm(setting, name, scale) for setting, names in TABLES[table].get(scale, []) for name in names]
 
 

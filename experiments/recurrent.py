@@ -37,7 +37,7 @@ from config import TrainConfig, UserError, load_config, parse, user_errors
 from experiments import lpa_runs, plot
 from model import GPT, GPTConfig
 from planning import LiveStorages
-from recurrent import RecurrentConfig, RecurrentGPT, State, generate, new_model
+from recurrent import RecurrentConfig, RecurrentGPT, generate, new_model
 
 FORGET = ["--alpha=0", "--alpha_learned=false"]
 SIX = ["--n_layer=6", "--min_lr=1e-4"]
@@ -264,20 +264,20 @@ def text_of(model: GPT, T: int, window: int) -> Callable[[], None]:
     """What reads `window` more tokens, one by one, after T tokens."""
     device = model.lm_head.weight.device
     if isinstance(model, RecurrentGPT):
-        state = model.new_state()
+        text = model.new_state(1)
         for part in torch.randint(128, (1, T - T % window), device=device).split(window, dim=1):
-            model(part, cache=state, last=True)
+            model(part, cache=text, last=True)
     else:
-        cache = decode.new_cache(model, 1)
-        for values in cache.held.values():
+        text = decode.new_cache(model, 1)
+        for values in text.held.values():
             values.normal_()  # what they are costs no time
 
     @torch.inference_mode()
     def following() -> None:
-        at = State(list(state.carried), None, state.length) if isinstance(model, RecurrentGPT) else cache
-        at.length = T
+        if not isinstance(model, RecurrentGPT):  # whose text goes on, a block later each time
+            text.length = T
         for _ in range(window):
-            model(torch.zeros(1, 1, dtype=torch.long, device=device), cache=at, last=True)
+            model(torch.zeros(1, 1, dtype=torch.long, device=device), cache=text, last=True)
 
     return following
 

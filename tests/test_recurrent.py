@@ -249,26 +249,30 @@ def test_generation_is_the_full_forward(variant: str, alpha: float, prompt: int)
         logits = model(text)[:, -1, :18]
         assert torch.equal(token, logits.argmax(-1))
         text = torch.cat([text, token[:, None]], dim=1)
-    state = model.new_state()
+    state = model.new_state(2)
     pieces = [model(part, cache=state) for part in text.split([1, 2, text.size(1) - 3], dim=1)] if prompt > 1 else []
     if pieces:
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(text), rtol=1e-11, atol=1e-11)
 
 
-def held_bytes(state: recurrent.State) -> int:
-    tensors = [state.open, *(t for pair in state.carried if pair for t in pair)]
-    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+def test_a_text_in_bfloat16_goes_on_as_the_full_forward() -> None:
+    model, text = make(0.5, lowdim=LowDim(q=4, k=4, v=4, o=4)).float(), tokens(22)
+    with torch.no_grad(), hardware.autocast(torch.device("cpu"), "bfloat16"):
+        state = model.new_state(2)
+        pieces = torch.cat([model(part, cache=state) for part in text.split(3, dim=1)], dim=1)
+        torch.testing.assert_close(pieces, model(text), rtol=0.02, atol=0.01)
+    assert state.window.held["v"].dtype == state.p.dtype == torch.bfloat16
 
 
 def test_a_text_of_any_length_leaves_the_same_bytes_behind() -> None:
-    """p and h of 2 layers and an open block, of 2 texts, 16 floats a token; nothing that they are cut from."""
+    """Of 2 layers and texts: keys and values of 2 W and of W tokens, and three p, 16 floats a token each."""
     model = make(0.5, pos="none", block_size=8).float()
-    state, read = model.new_state(), 0
+    state = model.new_state(2)
     with torch.no_grad():
         for length in (41, 42, 43, 38, 164):
             model(tokens(length), cache=state, last=True)
-            read += length
-            assert held_bytes(state) == (2 * 2 * W + read % W) * 2 * 16 * 4
+            tensors = [*state.window.held.values(), *state.closing.held.values(), state.before, state.p, state.y]
+            assert sum(t.untyped_storage().nbytes() for t in tensors) == (2 * 3 * W + 3 * W) * 2 * 2 * 16 * 4
 
 
 @pytest.mark.parametrize("pos", ["none", "rope"])
@@ -325,6 +329,6 @@ def test_the_table_of_lengths_shows_what_a_text_leaves_behind(tmp_path: Path) ->
     held = {(row[0], row[1]): int(row[5].replace(",", "")) for row in rows}
     for alpha in ("0.5", "0"):
         assert held[f"recurrent, alpha {alpha}", "32"] == held[f"recurrent, alpha {alpha}", "64"]
-        assert held[f"recurrent, alpha {alpha}", "32"] >= (2 * 8 + 7) * 16 * 4  # p, h and the open block, and logits
+        assert held[f"recurrent, alpha {alpha}", "32"] >= (2 * 3 * 8 + 3 * 8) * 16 * 4  # keys and values, and three p
     assert held["plain", "64"] == 2 * held["plain", "32"] == 2 * 64 * 16 * 4  # k and v
     assert (tmp_path / "recurrent_lengths.png").exists()
