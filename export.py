@@ -415,8 +415,10 @@ def open_tensors(folder: Path, known: Architecture) -> dict[str, Callable[[], Te
             opened = safe_open(folder / file, "pt")
             readers |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no dict)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        told = "; wanted what save_pretrained of transformers writes today, for a .bin can run code"
-        raise UserError(f"cannot read the safetensors of {folder}: {error}{told}") from None
+        why = f"cannot read the safetensors of {folder}: {error}"
+        if any(folder.glob("*.bin")):
+            why += "; wanted what save_pretrained of transformers writes today, for a .bin can run code"
+        raise UserError(why) from None
     named = {}
     for name, reader in readers.items():
         full = name if name.startswith((known.prefix, "lm_head.")) else known.prefix + name

@@ -62,7 +62,7 @@ def keep_freed_memory() -> None:
 
 
 def choose_dtype(dtype: Dtype, device: torch.device) -> Dtype:
-    """'auto' is bfloat16 where the device multiplies it faster, else float32.
+    """'auto' is bfloat16 on a GPU that has it and on a CPU that multiplies it faster, else float32.
 
     A CPU with bfloat16 units has 4 times its float32 rate, one without them a hundredth: no flag tells them apart on
     all systems, a product of 256 x 256 does.

@@ -80,7 +80,7 @@ class NativeLM(TemplateLM):
         if len(continuation) > self.max_length:
             length = f"a task asks for {len(continuation)} tokens at once"
             raise UserError(f"{length}, wanted at most block_size = {self.max_length}")
-        seen = self.max_length + 1 - len(continuation)
+        seen = self.max_length + 1 - max(1, len(continuation))
         return tuple(context[-seen:]) or (self.eot_token_id,), tuple(continuation)
 
     @torch.inference_mode()

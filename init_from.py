@@ -64,7 +64,8 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any] | None) -> dict[
             energy[name] = change_rank(name, layer, sources[name])
         for parameter in dict(layer.named_parameters(recurse=False)) if same else ["bias"]:
             if (filled := getattr(layer, parameter)) is not None:
-                filled.copy_(getattr(sources[name], parameter)[: len(filled)])
+                given = getattr(sources[name], parameter)
+                filled.copy_(given[: len(filled)] if isinstance(layer, nn.Embedding) else given)
     return energy
 
 

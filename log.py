@@ -82,7 +82,7 @@ class Log:
         try:
             self.wandb = wandb.init(**options, config=config)
         except wandb.Error as error:  # no account, no network
-            raise UserError(f"wandb did not start: {error} Or set WANDB_MODE=offline") from None
+            raise UserError(f"wandb did not start; WANDB_MODE=offline needs no account: {error}") from None
         self.wandb.define_metric("*", step_metric="step")
         self.wandb_id = self.wandb.id
 

@@ -206,7 +206,7 @@ def late_warm_up(c: TrainConfig) -> str | None:
         highest = learning_rate(c.max_steps - 1, c)
         return f"{seen} below max_steps = {c.max_steps}: the rate only rises, to {highest:.2e}; {trial}"
     decay_start = round((1 - c.decay_share) * c.max_steps)
-    if c.schedule == "wsd" and c.warmup_steps > decay_start:
-        rate = learning_rate(c.warmup_steps, c)
+    rate = learning_rate(c.warmup_steps, c)
+    if c.schedule == "wsd" and c.warmup_steps > decay_start and rate < 0.9 * c.learning_rate:
         return f"{seen} at most {decay_start}, where the decay begins: the rate then falls at once to {rate:.2e}"
     return None

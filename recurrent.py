@@ -162,7 +162,7 @@ class RecurrentGPT(GPT):
     def extend(self, x: Tensor, state: State) -> Tensor:
         """Embeddings (B, T, C) of what follows a text -> what the layers make of them (B, T, C). The state goes on.
 
-        Each T sees the new tokens alone, twice.
+        Each T sees the new tokens alone, twice. Without gradients: the State would keep their graph.
         """
         found = []
         while x.size(1):

@@ -68,6 +68,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
     train_data, val_data = open_data(c, stage)
     c = with_vocabulary(c, train_data, val_data)
     tokenizer = load_tokenizer(train_data.folder, train_data.meta["tokenizer"])
+    asked = as_command(c)
     c, micro_steps = share_step(c, world)
     tokens_per_step = c.batch_size * c.gpt.block_size * world.size * micro_steps
     windows = data.eval_windows(val_data, c.gpt.block_size, c.eval_tokens)
@@ -98,7 +99,7 @@ def pretrain(c: TrainConfig, world: World) -> None:
 
     last_step = c.max_steps if c.stop_step is None else min(c.max_steps, c.stop_step)
     log = Log(run, c, state, model, tokens_per_step, last_step, world, resumed=folder is not None)
-    log.say(f"{model}\n{optim.describe(optimizers)}\noptions: {as_command(c)}")
+    log.say(f"{model}\n{optim.describe(optimizers)}\noptions: {asked}")
     if warning := optim.late_warm_up(c):
         log.warn(warning)
     if stage is None:

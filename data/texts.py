@@ -162,11 +162,11 @@ def identity_of(files: list[Path]) -> dict[str, Any]:
     return {"files": [[file.name, file.stat().st_size] for file in files]}
 
 
-def in_tasks(pieces: Iterable[Piece]) -> Iterator[Task]:
-    """Small documents together and long ones cut, TASK_CHARACTERS at most; a task is of one split."""
+def in_tasks(pieces: Iterable[Piece], cut: bool = True) -> Iterator[Task]:
+    """Small documents together and, where `cut`, long ones cut to TASK_CHARACTERS; a task is of one split."""
     waiting: dict[str, list[Piece]] = {}
     characters = Counter()
-    for piece in cut_safely(pieces):
+    for piece in cut_safely(pieces, cut):
         waiting.setdefault(piece.split, []).append(piece)
         characters[piece.split] += len(piece.text)
         if characters[piece.split] >= TASK_CHARACTERS // 2:
@@ -178,18 +178,22 @@ def in_tasks(pieces: Iterable[Piece]) -> Iterator[Task]:
 
 # Where cutting changes no token: after a line break and before a letter or digit, or before a space, both between
 # characters that are not white space. There the patterns of GPT-2 and of tiktoken's other encodings begin a new word,
-# whatever comes before and after. ("!\n/" can be one word in o200k_base, so a letter it must be.)
+# whatever comes before and after. ("!\n/" can be one word in o200k_base, so a letter it must be.) No place is safe for
+# SentencePiece, which marks the beginning of what it is given.
 SAFE_PLACE = re.compile(r"(?<=\S\n)(?=\w)|(?<=\S)(?= \S)")
 LAST_SAFE_PLACE = re.compile(r".*\S(?:\n(?=\w)|(?= \S))", re.DOTALL)
 
 
-def cut_safely(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Documents joined from their parts and, where longer than TASK_CHARACTERS, cut anew at safe places."""
-    rest = ""
+def cut_safely(pieces: Iterable[Piece], short: bool = True) -> Iterator[Piece]:
+    """Documents joined from their parts and, where longer than TASK_CHARACTERS, cut anew at safe places.
+
+    Not short: only where longer than LONGEST_WORD.
+    """
+    rest, longest = "", TASK_CHARACTERS if short else LONGEST_WORD
     for split, text, ends_document in pieces:
         rest += text
-        while len(rest) > TASK_CHARACTERS:
-            found = LAST_SAFE_PLACE.match(rest, 0, TASK_CHARACTERS) or SAFE_PLACE.search(rest, TASK_CHARACTERS)
+        while len(rest) > longest:
+            found = LAST_SAFE_PLACE.match(rest, 0, longest) or SAFE_PLACE.search(rest, longest)
             if found is None and len(rest) <= LONGEST_WORD:
                 break
             cut = found.end() if found else LONGEST_WORD

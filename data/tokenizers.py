@@ -132,9 +132,10 @@ class BPETokenizer:
 
 
 class HFTokenizer:
-    """Any other tokenizer.json, by the library that reads them: that of a Llama, say, to train it on own text.
+    """A tokenizer.json of byte-level or SentencePiece's form, by the library that reads them: that of a Llama, say.
 
-    Raises UserError without the library, and whatever it raises where the contents are none.
+    Nothing is put before or after a text. Raises UserError without the library or for another form, and whatever the
+    library raises where the contents are none.
     """
 
     def __init__(self, contents: dict[str, Any], end_of_text: int | None) -> None:
@@ -142,7 +143,10 @@ class HFTokenizer:
             import tokenizers
         except ImportError:
             raise UserError(f"a {TOKENIZER_FILE} needs: pip install tokenizers") from None
-        self.contents, self.end_of_text = {**contents, "truncation": None, "padding": None}, end_of_text
+        if contents["model"]["type"] == "WordPiece":
+            raise UserError(f"a {TOKENIZER_FILE} of WordPiece, wanted byte-level or SentencePiece's form")
+        plain = dict.fromkeys(("truncation", "padding", "post_processor"))
+        self.contents, self.end_of_text = {**contents, **plain}, end_of_text
         self.model = tokenizers.Tokenizer.from_str(json.dumps(self.contents))
         self.model.encode_special_tokens = True  # what looks like one in a text is text
         self.vocab_size = 1 + max(self.model.get_vocab().values())
@@ -320,12 +324,15 @@ def own_form(contents: dict[str, Any]) -> Tokenizer | None:
     vocabulary: dict[str, int] = model["vocab"]
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
     if model["type"] == "WordLevel":
-        plain = max(map(len, tokens)) == 1 and tokens == sorted(tokens) and vocabulary[tokens[-1]] == len(tokens) - 1
-        return CharTokenizer(tokens) if plain else None
+        alone = split.get("type") == "Split" and not contents["added_tokens"] and max(map(len, tokens)) == 1
+        in_order = tokens == sorted(tokens) and vocabulary[tokens[-1]] == len(tokens) - 1
+        return CharTokenizer(tokens) if alone and in_order else None
     end = next((t["id"] for t in contents["added_tokens"] if t["content"] == END_OF_TEXT), None)
     byte_of = byte_of_printable()
     ordinary = [token for token in tokens if vocabulary[token] != end]
-    if end is None or split.get("type") != "ByteLevel" or split["add_prefix_space"]:
+    if end is None or len(contents["added_tokens"]) > 1:
+        return None
+    if split.get("type") != "ByteLevel" or split["add_prefix_space"]:
         return None
     if not byte_of.keys() >= set("".join(ordinary)):
         return None

@@ -28,6 +28,7 @@ from data.texts import Piece, Task, cut_safely, in_tasks
 from data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
+    HFTokenizer,
     Tokenizer,
     load_tokenizer,
     read_hf,
@@ -172,7 +173,10 @@ def choose_tokenizer(choice: str, source: Source) -> Tokenizer:
         return train_bpe(bpe_texts(source), int(choice[4:]))
     if choice in tiktoken.list_encoding_names():
         return tiktoken_encoding(choice)
-    if (tokenizer := read_hf(Path(choice))) and not (Path(choice) / "meta.json").is_file():
+    ours = any(Path(choice).glob("meta*.json")) or any(Path(choice).glob("progress*.jsonl"))
+    if not ours and (tokenizer := read_hf(Path(choice))):
+        if tokenizer.end_of_text is None:
+            print(f"warning: {choice} has no config.json with an eos_token_id: documents will not be set apart")
         return tokenizer
     try:
         folder = corpus_folder(choice)
@@ -214,7 +218,7 @@ def write_shards(
             writers[split] = SplitWriter(folder, part, split, tokenizer, options.shard_tokens, shards)
         return writers[split]
 
-    tasks = not_done(in_tasks(source.pieces()), done)
+    tasks = not_done(in_tasks(source.pieces(), cut=not isinstance(tokenizer, HFTokenizer)), done)
     threads = options.threads or os.cpu_count() or 1
     with (
         ThreadPoolExecutor(threads) as pool,

@@ -181,6 +181,8 @@ def foreign_tokenizer(kind: str, text: str) -> tokenizers.Tokenizer:
         contents["model"]["vocab"] |= {name: taken + i for i, name in enumerate(special[3:])}
         made = tokenizers.Tokenizer.from_str(json.dumps(contents))
     made.enable_truncation(4)
+    before = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    made.post_processor = before  # which no text of a corpus has
     return made
 
 
@@ -194,7 +196,7 @@ def test_a_llama_goes_on_with_its_own_tokenizer(kind: str, tmp_path: Path, capsy
     model.config.eos_token_id = theirs.token_to_id("</s>")
     model.save_pretrained(source)
     theirs.save(str(source / "tokenizer.json"))
-    (tmp_path / "text.txt").write_text(text * 3 + "".join(ODD))
+    (tmp_path / "text.txt").write_text(text * 4 + "".join(ODD))
     arguments = [f"--path={tmp_path / 'text.txt'}", f"--name={tmp_path / 'corpus'}", f"--tokenizer={source}"]
     prepare.main(parse(arguments, prepare.Options))
     preset = write(tmp_path / "preset.py", export.preset(source))
@@ -205,6 +207,10 @@ def test_a_llama_goes_on_with_its_own_tokenizer(kind: str, tmp_path: Path, capsy
     ours = load_tokenizer(tmp_path / "corpus", data.open_corpus(str(tmp_path / "corpus"), "val").meta["tokenizer"])
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert exported.eos_token_id == ours.end_of_text == theirs.token_to_id("</s>")
+    corpus = data.open_corpus(str(tmp_path / "corpus"), "train")
+    stored = ours.decode(i for i in corpus.window(0, corpus.tokens).tolist() if i != ours.end_of_text)
+    assert len(stored) > 60_000  # cut nowhere
+    assert (4 * text + "".join(ODD)).startswith(stored)
     theirs.no_truncation()
     for part in [*ODD, "</s> is text", text]:
         ids = ours.encode(part)
@@ -222,7 +228,11 @@ def test_a_tokenizer_that_only_looks_like_ours_is_not_taken_for_it(tmp_path: Pat
     assert type(own_form(bpe)).__name__ == "BPETokenizer"
     bpe["model"]["merges"].reverse()
     characters["model"]["vocab"] = dict(c=0, a=1, b=2)
-    for contents, part in ((bpe, text), (characters, "abcabc")):
+    words, more = as_hf(CharTokenizer("abc")), as_hf(train_bpe([text], 500))
+    words["pre_tokenizer"] = dict(type="Whitespace")
+    more["added_tokens"].append({**more["added_tokens"][0], "id": 500, "content": "<pad>"})
+    assert own_form(more) is None
+    for contents, part in ((bpe, text), (characters, "abcabc"), (words, "a b c"), (more, text)):
         (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
         theirs = tokenizers.Tokenizer.from_str(json.dumps(contents))
         theirs.encode_special_tokens = True

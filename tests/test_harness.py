@@ -101,7 +101,8 @@ def test_greedy_continuations_are_known_as_such(tokenizer: BPETokenizer, tmp_pat
     tried = [best, best[:2], [*best[:2], (best[2] + 1) % 300], [(best[0] + 1) % 300]]
     answers = lm._loglikelihood_tokens([(None, context, continuation) for continuation in tried])
     assert [greedy for _, greedy in answers] == [True, True, False, False]
-    assert lm._loglikelihood_tokens([(None, context, [])]) == [(0.0, True)]  # merged with the context's last token
+    for length in (1, 20):  # merged with the context's last token
+        assert lm._loglikelihood_tokens([(None, length * context, [])]) == [(0.0, True)]
 
 
 def test_a_shared_context_is_read_once(tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,17 @@ def test_full_rank_gives_the_same_logits(dense: Path) -> None:
     assert min(energy.values()) > 1 - 1e-9
 
 
+def test_a_recurrent_run_goes_on_from_a_recurrent_one(corpus: Path, tmp_path: Path) -> None:
+    recurrent = ["--model=recurrent", "--window=8"]
+    trained(corpus, tmp_path / "first", *recurrent, "--max_steps=2", "--learning_rate=0.1")
+    model = checkpoint.load_model(tmp_path / "first", CPU)[0]
+    more = ["--max_steps=1", "--learning_rate=1e-12", f"--init_from={tmp_path / 'first'}"]
+    trained(corpus, tmp_path / "second", *recurrent, *more)
+    found = checkpoint.load_model(tmp_path / "second", CPU)[0]
+    assert model.alpha.item() != 0.5
+    torch.testing.assert_close(dict(found.named_parameters()), dict(model.named_parameters()), rtol=0, atol=1e-9)
+
+
 def test_energy_and_factors_are_those_of_numpys_svd(dense: Path) -> None:
     theirs = checkpoint.load_model(dense, CPU)[0]
     model, energy = started(dense, lowdim=LowDim(q=8, down=5))

@@ -541,6 +541,7 @@ def test_a_warm_up_as_long_as_the_run_or_longer_has_rates_all_the_same() -> None
         (dict(warmup_steps=4, schedule="wsd", decay_share=0.5), None),
         (dict(warmup_steps=6, schedule="wsd", decay_share=0.5), "4, where the decay begins: the rate then falls"),
         (dict(warmup_steps=0, schedule="wsd", decay_share=1.0), None),
+        (dict(warmup_steps=6, schedule="wsd", decay_share=1.0), "at most 0, where the decay begins"),
         (dict(warmup_steps=7, schedule="wsd", decay_share=1 / 8), None),
     ],
 )
@@ -716,7 +717,7 @@ def test_a_wandb_that_does_not_start_is_one_line(
     with pytest.raises(UserError) as error:
         run_here(arguments(corpus, tmp_path / "run", "--max_steps=2", "--wandb"))
     said = "No API key configured. Use `wandb login` to log in."
-    assert str(error.value) == f"wandb did not start: {said} Or set WANDB_MODE=offline"
+    assert str(error.value) == f"wandb did not start; WANDB_MODE=offline needs no account: {said}"
 
 
 def test_importing_train_does_nothing() -> None:
