@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than the cores: many tests wait for time to pass, or for other processes."""
-    return 1 + (os.cpu_count() or 1)
+    """Two more than the cores: many tests wait for time to pass, or for other processes."""
+    return 2 + (os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,8 +31,7 @@ def test_linear_without_gradients_equals_float64(rows: int, bias: bool) -> None:
     torch.testing.assert_close(y, wanted, atol=2e-4, rtol=0)  # sums of 1024 products of order 1
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("bias", "compiled"), [(False, False), (True, False), (True, True)])
 def test_gradients_of_linear_equal_float64(bias: bool, compiled: bool) -> None:
     """On both sides of the size from which oneDNN is taken, and with x laid out by time first."""
     if compiled and shutil.which("g++") is None:
