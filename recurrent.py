@@ -97,9 +97,12 @@ class RecurrentGPT(GPT):
 
     # One layer
 
-    def apply_block(self, block: Block, x: Tensor) -> Tensor:
-        """T. A rotation turns by the place in the window, which is all that a product of two turned vectors knows."""
-        return block(x, None if self.rotation is None else self.rotation[:, : x.size(1)].to(x.dtype))
+    def apply_block(self, block: Block, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """T of x, which follows what a cache holds. A rotation turns by the place in the window, which is all that a
+        product of two turned vectors knows."""
+        start = 0 if cache is None else cache.length
+        places = slice(start, start + x.size(1))
+        return block(x, None if self.rotation is None else self.rotation[:, places].to(x.dtype), cache)
 
     def step(self, block: Block, p: Tensor, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """p, h (B, W, C) of a block and the x (B, M, C) of the next -> y of the one (B, W, C), h of the other."""
@@ -166,31 +169,25 @@ class RecurrentGPT(GPT):
         """
         found = []
         while x.size(1):
-            held = state.length % self.window
+            held, first = state.length % self.window, state.length < self.window
+            state.closing.length, state.window.length = held, held if first else self.window + held
             y, x = x[:, : self.window - held], x[:, self.window - held :]
             here = slice(held, held + y.size(1))
             for layer, block in enumerate(self.transformer.h):
-                if state.length < self.window:
+                if first:
                     state.p[layer, :, here] = y
                 else:
                     y = self.alpha_now() * state.before[layer, :, here] + y  # (B, M, C)
-                h = self.apply_cached(block, y, state.window)
-                y = self.apply_cached(block, self.alpha_now() * state.p[layer, :, here] + h, state.closing)
+                h = self.apply_block(block, y, state.window)
+                y = self.apply_block(block, self.alpha_now() * state.p[layer, :, here] + h, state.closing)
                 state.y[layer, :, here] = y
-            for cache in (state, state.window, state.closing):
-                cache.length += y.size(1)
-            if state.closing.length == self.window:
+            state.length += y.size(1)
+            if state.length % self.window == 0:  # the block is whole, and the next window's left half
                 state.before, state.p, state.y = state.p, state.y, state.before
                 for name, values in state.closing.held.items():
                     state.window.held[name][..., : self.window, :] = values
-                state.window.length, state.closing.length = self.window, 0
             found.append(y)
         return torch.cat(found, dim=1)
-
-    def apply_cached(self, block: Block, x: Tensor, cache: KVCache) -> Tensor:
-        """T of the x (B, M, C) that follow what a cache holds."""
-        places = slice(cache.length, cache.length + x.size(1))
-        return block(x, None if self.rotation is None else self.rotation[:, places].to(x.dtype), cache)
 
     def new_state(self, batch_size: int) -> State:
         """Of no text, in the precision that the model's products have here and now."""

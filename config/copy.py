@@ -1,7 +1,7 @@
 """The paper's copy task: 16 tokens across 4,096 of noise, with one layer of 508,705 parameters (arXiv 2402.14746).
 
 launch    python train.py config/copy.py --compile=block
-          python train.py config/copy.py --max_steps=900                       for a CPU; 4.5 GB, an hour or two
+          python train.py config/copy.py --max_steps=900                       for a CPU, in hours
           python train.py config/copy.py --task.noise=512 --block_size=544     in minutes
 hardware  a GPU, not tried: a sequence is 129 steps of one layer, one after the other
 time      95 minutes for 900 steps, on 1 thread of a shared machine; published: 900 steps of 64 sequences

@@ -20,6 +20,7 @@ import torch
 import hardware
 import train
 from config import UserError, load_config, parse, user_errors
+from experiments import lpa_runs
 
 ARMS = {
     "dense twin": dict(lowdim=dict.fromkeys("qkvo", 0)),
@@ -54,7 +55,8 @@ def trained(o: Options, arm: str, changes: dict, rate: float, seed: int) -> floa
     for name, value in changes.items():
         flags += [f"--lowdim.{k}={v}" for k, v in value.items()] if name == "lowdim" else [f"--{name}={value}"]
     c = load_config([o.preset, *flags])
-    key = hashlib.sha256(json.dumps(dataclasses.asdict(c), sort_keys=True).encode()).hexdigest()[:10]
+    options = json.dumps(lpa_runs.comparable(dataclasses.asdict(c)), sort_keys=True)
+    key = hashlib.sha256(options.encode()).hexdigest()[:10]
     out = Path("out/factor_init") / f"{arm.replace(' ', '_')}_{key}"
     if not finished(out, o.steps):
         train.main(dataclasses.replace(c, out_dir=str(out)))

@@ -138,6 +138,8 @@ def read_folders(
         notes += repetition(run)
     measures = [(str(run.path.parent), measure(run)) for run in runs]
     require_same_measure(measures)
+    made = {f"{run.start['device']}, torch {run.start['versions']['torch']}" for run in runs}
+    notes += [f"runs were made on {place}" for place in sorted(made)]
     if runs:
         work = [run.flops_per_token / N for run, (N, _, _) in zip(runs, rows)]
         notes.append(f"by the logs a training token costs {min(work):.2g} to {max(work):.2g} N FLOPs, not 6 N")
