@@ -30,15 +30,12 @@ import tyro
 from torch import Tensor, nn
 
 import data
-import decode
-import hardware
-import optim
-import planning
 import train
 from config import TrainConfig, UserError, load_config, user_errors
-from guard import Guard
+from lpa import decode, hardware, optim, planning
+from lpa.distributed import World, spread
+from lpa.guard import Guard
 from model import GPT, GPTConfig, LowDim
-from parallel import World, spread
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python eval.py out/lpa_cpu --split=val                                       disjoint windows
     python eval.py out/lpa_370m_s1 --split=test --stride=256 --dtype=bfloat16    more context for every token
     torchrun --nproc_per_node=8 eval.py out/lpa_370m_s1 --split=test --json      the windows shared by all ranks
-    python eval.py out/lpa_370m --tasks=lambada_openai,hellaswag,own.yaml        through lm-eval, see harness.py
+    python eval.py out/lpa_370m --tasks=lambada_openai,hellaswag,own.yaml        through lm-eval, see lm_eval.py
 
 Windows of block_size tokens begin every `stride` tokens. Each token but the first of the split is a target exactly
 once, in the first window that reaches it; with a stride S below block_size T it sees at least T - S tokens before it.
@@ -23,13 +23,12 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-import checkpoint
 import data
-import hardware
 from config import UserError, parse, user_errors
 from data.tokenizers import Tokenizer
+from lpa import checkpoint, hardware
+from lpa.distributed import World, join_world
 from model import GPT
-from parallel import World, join_world
 
 CHUNK = 1 << 20  # tokens that are decoded at a time
 
@@ -92,11 +91,11 @@ def benchmark(c: EvalConfig, tasks: list[str], model: GPT, tokenizer: Tokenizer,
     try:
         from lm_eval.utils import make_table
 
-        import harness
+        from lpa import lm_eval
     except ImportError:
         raise UserError("--tasks needs: pip install 'lm-eval>=0.4.13,<0.5'") from None
-    lm = harness.NativeLM(model, tokenizer, c.batch_size, c.dtype)
-    results = harness.run_tasks(lm, tasks, c.num_fewshot, c.limit)
+    lm = lm_eval.NativeLM(model, tokenizer, c.batch_size, c.dtype)
+    results = lm_eval.run_tasks(lm, tasks, c.num_fewshot, c.limit)
     if c.json:
         return json.dumps(dict(run=str(c.run), results=results["results"]), indent=1, default=str)
     return make_table(results) + (make_table(results, "groups") if results.get("groups") else "")

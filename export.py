@@ -25,9 +25,9 @@ import torch
 import tyro
 from torch import Tensor
 
-import checkpoint
 from config import UserError, parse, user_errors
 from data.tokenizers import END_OF_TEXT, HFTokenizer, Tokenizer, as_hf
+from lpa import checkpoint
 from model import GPT, GPTConfig
 from recurrent import RecurrentGPT
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import factors
-from memory import GatedProduct, HeadLoss, keep_wide
-from products import linear, rms_norm
+from lpa import init
+from lpa.cpu import linear, rms_norm
+from lpa.loss import GatedProduct, HeadLoss, keep_wide
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class GPTConfig:
             if rank and name not in self.sublayers:
                 raise ValueError(f"lowdim.{name} is {rank}, but mlp = '{self.mlp}' has no {name}")
             if isinstance(rank, str):
-                import structured
+                from lpa import structured
 
                 try:
                     structured.parse(rank, *self.sublayers[name])
@@ -226,7 +226,7 @@ def projection(c: GPTConfig, sublayer: str) -> nn.Module:
     d_in, d_out = c.sublayers[sublayer]
     rank = getattr(c.lowdim, sublayer)
     if isinstance(rank, str):
-        import structured
+        from lpa import structured
 
         return structured.make(rank, d_in, d_out, c.bias)
     return LowRank(d_in, d_out, rank, c.bias) if rank else Dense(d_in, d_out, c.bias)
@@ -545,9 +545,9 @@ class GPT(nn.Module):
             if isinstance(module, Dense | nn.Embedding):
                 module.weight.normal_(0, s, generator=generator)
             elif isinstance(module, LowRank):
-                factors.fill(module.A, module.B, c.factor_init, s, std, generator)
+                init.fill(module.A, module.B, c.factor_init, s, std, generator)
             elif hasattr(module, "blocks"):
-                import structured
+                from lpa import structured
 
                 structured.fill(module.get_parameter("A"), module.get_parameter("B"), s / std, generator)
             elif isinstance(module, Norm):

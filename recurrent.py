@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from decode import KVCache, draw, new_cache
+from lpa.decode import KVCache, draw, new_cache
 from model import GPT, Attention, Block, GPTConfig, attend, describe, project, rotations
 
 

@@ -16,11 +16,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
-import checkpoint
-import decode
-import hardware
 import recurrent
 from config import UserError, parse, user_errors
+from lpa import checkpoint, decode, hardware
 
 
 @dataclass(frozen=True)

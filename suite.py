@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
-import checkpoint
-import hardware
 from config import UserError
+from lpa import checkpoint, hardware
 
 SIZES = ("cpu", "130m_s1", "370m_s1", "130m", "370m", "3b")  # of the presets
 RANKS = "--lowdim.q=256 --lowdim.k=256 --lowdim.v=256 --lowdim.o=256"

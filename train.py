@@ -27,31 +27,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import checkpoint
 import data
-import decode
-import hardware
-import init_from
-import optim
-import parallel
 import recurrent
-import structured
 from config import TrainConfig, UserError, as_command, load_config, user_errors
 from data import copying
 from data.copying import Copying
 from data.tokenizers import Tokenizer, load_tokenizer
-from guard import Guard
-from log import Log
+from lpa import checkpoint, decode, distributed, hardware, init_from, optim, structured
+from lpa.distributed import Watch, World
+from lpa.guard import Guard
+from lpa.log import Log
 from model import GPT, LowDim
-from parallel import Watch, World
 from recurrent import RecurrentGPT, new_model
 
 SAMPLE_TOKENS = 200
 
 
 def main(c: TrainConfig) -> None:
-    world = parallel.join_world(c.device, c.hang_timeout)
-    with parallel.roll_call(world, c.hang_timeout):
+    world = distributed.join_world(c.device, c.hang_timeout)
+    with distributed.roll_call(world, c.hang_timeout):
         pretrain(c, world)
         world.leave()
 
@@ -185,13 +179,13 @@ def pretrain(c: TrainConfig, world: World) -> None:
         if saving:
             saved_step = save()
 
-    if reason and reason not in parallel.LOST and saved_step != step:
+    if reason and reason not in distributed.LOST and saved_step != step:
         if step > first_step and step != log.clock_step:
             log.step(step, state["tokens"], loss.item(), norm.item(), rate, guard.counts())
         saved_step = save()
     saver.wait()
     world.from_rank_0(saver.close)  # here a save that failed becomes an error
-    if reason in parallel.LOST:
+    if reason in distributed.LOST:
         raise UserError(f"{reason}: stopped at step {step} without saving; --resume goes on from step {saved_step}")
     if reason:
         world.from_rank_0(lambda: note_stop(run, reason, step))
@@ -234,7 +228,7 @@ def build(
         energy = init_from.start_from(Path(c.init_from), model, tokenizer)
     if guided:
         structured.add_guides(model)
-    spread = parallel.spread(model, c, world)
+    spread = distributed.spread(model, c, world)
     optimizers = optim.make_optimizers(model, c)
     if folder is not None:
         checkpoint.restore(folder, model, optimizers)
@@ -258,7 +252,7 @@ def train_step(
     """
     total = torch.zeros((), device=world.device)
     for micro_step, (x, y) in enumerate(batches):
-        with parallel.communicating(model, micro_step == micro_steps - 1):
+        with distributed.communicating(model, micro_step == micro_steps - 1):
             with hardware.autocast(world.device, c.dtype):
                 loss = model(x, y) / micro_steps
             scaler.scale(loss).backward()
@@ -267,7 +261,7 @@ def train_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     largest = c.grad_clip or math.inf
-    norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), largest))
+    norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), largest))
     skip = guard.judge(total, norm)
     guard.clipped += norm * (1 - skip) > largest
     for optimizer in optimizers:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-import hardware
 import train
 from config import UserError, load_config, parse, user_errors
 from experiments import lpa_runs
+from lpa import hardware
 
 ARMS = {
     "dense twin": dict(lowdim=dict.fromkeys("qkvo", 0)),

@@ -34,13 +34,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-import checkpoint
-import hardware
-import optim
 from config import UserError, parse, user_errors
 from data import glue
 from data.glue import Encoded, Task, batches, collate, metrics
 from data.tokenizers import Tokenizer
+from lpa import checkpoint, hardware, optim
 from model import GPT
 
 # The paper's table 5: full fine-tuning of its setting 1 at 370M; None where it does not give one of GLUE's metrics.

@@ -23,14 +23,14 @@ from typing import Any, Literal
 
 import torch
 
-import checkpoint
 import data
 import train
 from config import TrainConfig, UserError, as_arguments, load_config
 from data.copying import TASKS
 from experiments.lpa_models import SCALES, Arm, arms
+from lpa import checkpoint
+from lpa.distributed import World
 from model import GPT, GPTConfig, LowDim
-from parallel import World
 
 TUNING_TOKENS = 100_000  # of the val split, to choose a rate
 TRAIN_SHARE = 0.05  # the train loss is the mean over the logged steps of so much of the end

@@ -32,9 +32,7 @@ from typing import Any
 
 import torch
 
-import checkpoint
 import data
-import hardware
 from config import UserError, parse, user_errors
 from experiments.lpa_models import PAPER_STEPS, SCALES, STEPS
 from experiments.lpa_runs import (
@@ -53,6 +51,7 @@ from experiments.lpa_runs import (
     train_all,
     tuning_runs,
 )
+from lpa import checkpoint, hardware
 
 
 def main(o: Options) -> None:

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 
 import data
-import hardware
-import optim
 import train
 from config import TrainConfig, load_config, parse, user_errors
-from guard import Guard
+from lpa import hardware, optim
+from lpa.distributed import World
+from lpa.guard import Guard
 from model import GPT, LowRank
-from parallel import World
 
 
 @dataclass(frozen=True)

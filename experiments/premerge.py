@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import parse, user_errors
-from products import linear
+from lpa.cpu import linear
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What products.py gains on this machine: GFLOP/s of the three float32 products of a layer, milliseconds of RMSNorm.
+"""What cpu.py gains on this machine: GFLOP/s of the three float32 products of a layer, milliseconds of RMSNorm.
 
     python -m experiments.products
 
@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import hardware
-import products
 from config import UserError, parse, user_errors
+from lpa import cpu, hardware
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,11 @@ class Options:
 
 
 def main(o: Options) -> None:
-    if not products.suits_onednn(torch.empty(1), torch.empty(1)):
-        raise UserError("this PyTorch has no oneDNN: products.linear is F.linear")
+    if not cpu.suits_onednn(torch.empty(1), torch.empty(1)):
+        raise UserError("this PyTorch has no oneDNN: cpu.linear is F.linear")
     on = hardware.describe(torch.device("cpu"))
     lines = [
-        "# Float32 products on a CPU: F.linear (MKL) and products.linear (oneDNN)\n",
+        "# Float32 products on a CPU: F.linear (MKL) and cpu.linear (oneDNN)\n",
         f"GFLOP/s at {o.rows} rows, torch {torch.__version__}, {on}, {datetime.date.today()}.",
         f"Command: `python -m experiments.products {' '.join(sys.argv[1:])}`\n",
         "| width in x out | y, MKL | y, oneDNN | grad of x, MKL | oneDNN | grad of W, MKL | oneDNN |",
@@ -47,14 +46,14 @@ def main(o: Options) -> None:
         d_in, d_out = (int(width) for width in shape.split("x"))
         x, weight, grad = torch.randn(o.rows, d_in), torch.randn(d_out, d_in), torch.randn(o.rows, d_out)
         of = [(x, weight), (grad, weight.T), (grad.T, x.T)]
-        cells = [f"{rate(f, a, b, o.seconds):.0f}" for a, b in of for f in (F.linear, products.linear)]
+        cells = [f"{rate(f, a, b, o.seconds):.0f}" for a, b in of for f in (F.linear, cpu.linear)]
         lines.append(f"| {shape} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     lines += ["\nRMSNorm, forward and backward, milliseconds at 2048 rows:\n"]
-    lines += ["| width, dtype | F.rms_norm | products.rms_norm |", "|---|---|---|"]
+    lines += ["| width, dtype | F.rms_norm | cpu.rms_norm |", "|---|---|---|"]
     for width, dtype in itertools.product((192, 1024), (torch.float32, torch.bfloat16)):
         x, weight = torch.randn(2048, width).to(dtype).requires_grad_(), torch.ones(width, dtype=dtype).requires_grad_()
-        cells = [f"{1e3 * norm_seconds(f, x, weight, o.seconds):.2f}" for f in (torch_rms_norm, products.rms_norm)]
+        cells = [f"{1e3 * norm_seconds(f, x, weight, o.seconds):.2f}" for f in (torch_rms_norm, cpu.rms_norm)]
         lines.append(f"| {width}, {dtype} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     cells = [f"{fill_ms(o.seconds):.1f}"]

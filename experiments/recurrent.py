@@ -30,13 +30,11 @@ from typing import Any, Literal
 import torch
 import tyro
 
-import checkpoint
-import decode
-import hardware
 from config import TrainConfig, UserError, load_config, parse, user_errors
 from experiments import lpa_runs, plot
+from lpa import checkpoint, decode, hardware
+from lpa.planning import LiveStorages
 from model import GPT, GPTConfig
-from planning import LiveStorages
 from recurrent import RecurrentConfig, RecurrentGPT, generate, new_model
 
 FORGET = ["--alpha=0", "--alpha_learned=false"]

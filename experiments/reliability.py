@@ -24,13 +24,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor, Shard
 
-import checkpoint
-import hardware
-import parallel
 from config import parse, user_errors
 from data.tokenizers import ByteTokenizer
-from guard import Guard
-from parallel import Watch, World
+from lpa import checkpoint, distributed, hardware
+from lpa.distributed import Watch, World
+from lpa.guard import Guard
 
 RANKS = 2  # of the sharded save
 
@@ -118,7 +116,7 @@ def seconds_of_sharded_saves(o: Options, run: Path) -> tuple[list[float], list[f
 
 def seconds_on_a_rank(o: Options, run: Path) -> tuple[list[float], list[float]]:
     torch.set_num_threads(1)  # as torchrun does where several ranks share a machine
-    world = parallel.join_world("cuda" if torch.cuda.device_count() >= RANKS else "cpu")
+    world = distributed.join_world("cuda" if torch.cuda.device_count() >= RANKS else "cpu")
     hardware.prepare(world.device)
     times = seconds_of_saves(o, world, run)
     world.leave()

@@ -24,10 +24,10 @@ import torch
 import tyro
 from torch import Tensor
 
-import checkpoint
 from config import UserError, parse, user_errors
 from experiments import plot, spectrum
 from experiments.logs import SILENT, Run, name_runs, read_run, require_common_axis
+from lpa import checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 import data
-import hardware
-import optim
 import train as trainer
 from config import TrainConfig, UserError, as_arguments, load_config
 from data.copying import TASKS
 from experiments import lpa_runs
 from experiments.lpa_models import Arm
-from guard import Guard
-from parallel import World
+from lpa import hardware, optim
+from lpa.distributed import World
+from lpa.guard import Guard
 from recurrent import new_model
 
 START_SECONDS = 10  # of a process, until it trains

@@ -21,13 +21,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-import checkpoint
 import data
-import factors
-import hardware
 from config import UserError, parse, user_errors
 from experiments.logs import SILENT, flatten, name_runs
 from experiments.plot import add_legend, new_figure, save, style
+from lpa import checkpoint, hardware, init
 from model import Block, Dense, LowRank
 
 if TYPE_CHECKING:
@@ -151,7 +149,7 @@ def exact(x: Tensor) -> Tensor:
 def spectrum(layer: nn.Module) -> Tensor:
     """Singular values of a layer's matrix; of a low-rank one through QR of its factors, R of them."""
     if isinstance(layer, LowRank):
-        return factors.product_svd(exact(layer.A), exact(layer.B))[1]
+        return init.product_svd(exact(layer.A), exact(layer.B))[1]
     return torch.linalg.svdvals(exact(layer.weight if isinstance(layer, Dense) else layer.materialise()))
 
 

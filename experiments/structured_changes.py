@@ -12,10 +12,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import factors
-import optim
-import structured
 from config import TrainConfig
+from lpa import init, optim, structured
 from model import GPT
 
 
@@ -50,7 +48,7 @@ def structure_aware() -> Iterator[None]:
             out, inside = factor.shape[-2:]
             factor.normal_(0, min(1.0, (out / inside) ** 0.5) / inside**0.5, generator=rest[-1])
 
-    with mock.patch.object(factors, "fill", fill), mock.patch.object(structured, "fill", fill):
+    with mock.patch.object(init, "fill", fill), mock.patch.object(structured, "fill", fill):
         yield
 
 

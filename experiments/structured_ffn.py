@@ -29,12 +29,10 @@ import tyro
 from torch import Tensor, nn
 
 import bench
-import decode
-import hardware
-import structured
 from config import TrainConfig, load_config, parse, user_errors
 from experiments import plot, structured_runs
 from experiments.structured_runs import RunOptions, kind_at, share
+from lpa import decode, hardware, structured
 from model import GPT, Dense, LowRank
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 import data
-import hardware
 from config import TrainConfig, UserError, load_config, parse, user_errors
+from lpa import hardware
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from conftest import run
 
 import bench
-import planning
 import suite
 from config import UserError, load_config
+from lpa import planning
 from model import GPT, GPTConfig, LowDim
 
 COUNTS = {"params", "params_non_embedding", "flops_per_token_forward", "flops_per_token_train"}

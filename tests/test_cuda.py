@@ -12,14 +12,11 @@ from conftest import read_log, run, run_here
 from test_train import losses, same, tensors
 from torch.profiler import ProfilerActivity, profile
 
-import decode
-import hardware
-import optim
-import planning
 from config import TrainConfig
-from guard import Guard
+from lpa import decode, hardware, optim, planning
+from lpa.distributed import Watch, World
+from lpa.guard import Guard
 from model import GPT, GPTConfig, LowDim
-from parallel import Watch, World
 from train import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-import decode
+from lpa import decode
 from model import GPT, GPTConfig, LowDim
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=96)

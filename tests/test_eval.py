@@ -15,14 +15,14 @@ import pytest
 import torch
 from conftest import ROOT, run, run_here
 
-import checkpoint
 import data
 import eval as evaluation
 import train
 from config import TrainConfig, UserError
 from data.tokenizers import load_tokenizer
+from lpa import checkpoint
+from lpa.distributed import World
 from model import GPT
-from parallel import World
 
 CPU = World(0, 1, torch.device("cpu"))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import optim
 from experiments import factor_init, optimizers, time_to_loss
+from lpa import optim
 from model import GPT, GPTConfig, LowDim
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=64, lowdim=LowDim(q=8, k=8, v=6, o=8))

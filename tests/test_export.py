@@ -14,11 +14,8 @@ import torch
 from conftest import read_log, run_here
 from torch import Tensor
 
-import checkpoint
 import data
-import decode
 import export
-import init_from
 from config import UserError, load_config, parse
 from data.own_text import prepare
 from data.tokenizers import (
@@ -31,6 +28,7 @@ from data.tokenizers import (
     read_hf,
     train_bpe,
 )
+from lpa import checkpoint, decode, init_from
 from model import GPT, GPTConfig, LowDim
 from recurrent import RecurrentConfig, RecurrentGPT
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
 from config import UserError
 from data import glue as glue_data
 from data.glue import TASKS, Example
 from data.tokenizers import ByteTokenizer
 from experiments import glue
+from lpa import checkpoint
 from model import GPT, GPTConfig, LowDim
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import torch
 from conftest import run_here
 from test_train import arguments, losses, same, tensors
 
-import hardware
 from config import UserError
+from lpa import hardware
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 

@@ -10,11 +10,9 @@ import pytest
 import torch
 from conftest import read_log, run_here
 
-import checkpoint
 import data
-import factors
-import init_from
 from config import TrainConfig, UserError, load_config
+from lpa import checkpoint, init, init_from
 from model import GPT, GPTConfig, LowDim
 
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--bias=true", "--ffn_dim=48"]
@@ -77,7 +75,7 @@ def test_energy_and_factors_are_those_of_numpys_svd(dense: Path) -> None:
 
 
 def test_a_matrix_of_zeros_keeps_all_of_its_energy() -> None:
-    A, B, energy = factors.truncate(torch.linalg.svd(torch.zeros(6, 5), full_matrices=False), 2)
+    A, B, energy = init.truncate(torch.linalg.svd(torch.zeros(6, 5), full_matrices=False), 2)
     assert energy == 1.0  # NaN is not JSON, which log.jsonl is to be
     assert not (B @ A).any()
 
@@ -86,7 +84,7 @@ def test_the_svd_of_a_product_is_that_of_the_dense_matrix() -> None:
     generator = torch.Generator().manual_seed(1)
     A = torch.randn(7, 40, generator=generator, dtype=torch.float64)
     B = torch.randn(24, 7, generator=generator, dtype=torch.float64)
-    u, s, vh = factors.product_svd(A, B)
+    u, s, vh = init.product_svd(A, B)
     np.testing.assert_allclose(s, np.linalg.svd((B @ A).numpy(), compute_uv=False)[:7], rtol=1e-12)
     torch.testing.assert_close(u * s @ vh, B @ A, rtol=1e-12, atol=1e-12)
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import UserError, load_config
-from factors import singular_values
+from lpa.init import singular_values
 from model import GPT, GPTConfig, LowDim, LowRank, attend, joined, project
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)

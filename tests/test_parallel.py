@@ -17,12 +17,10 @@ import torch.distributed as dist
 from conftest import read_log, run_ranks
 from test_train import arguments, losses, same, tensors
 
-import checkpoint
 import data
-import optim
-import parallel
 import train
 from config import TrainConfig, UserError, load_config
+from lpa import checkpoint, distributed, optim
 from model import GPT
 
 STEP = ["--tokens_per_step=512", "--warmup_steps=5", "--learning_rate=0.003"]
@@ -97,7 +95,7 @@ def noting_what_is_read() -> None:
         live = dict(model=model.state_dict(), optimizer=checkpoint.optimizer_tensors(model, optimizers))
         for part, found in live.items():
             wanted = checkpoint.load_tensors(folder, part)
-            assert same({name: parallel.whole(tensor) for name, tensor in found.items()}, wanted), part
+            assert same({name: distributed.whole(tensor) for name, tensor in found.items()}, wanted), part
         print("equal to the file", flush=True)
 
     checkpoint.restore = restore
@@ -177,14 +175,14 @@ def test_a_start_does_not_read_what_an_earlier_one_left_in_the_store() -> None:
         with ThreadPoolExecutor(3) as ranks:
             coming = []
             for rank in order:
-                coming.append(ranks.submit(parallel.name_start, store, rank, len(order), 30.0))
+                coming.append(ranks.submit(distributed.name_start, store, rank, len(order), 30.0))
                 time.sleep(0.12)
             agreed = {rank.result() for rank in coming}
         assert len(agreed) == 1
         names += agreed
     assert len(set(names)) == 3
     with pytest.raises(RuntimeError, match="not all of them came"):
-        parallel.name_start(store, 0, 2, 0.3)
+        distributed.name_start(store, 0, 2, 0.3)
 
 
 def test_a_rank_that_hangs_is_named(corpus: Path, tmp_path: Path) -> None:

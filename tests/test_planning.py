@@ -18,10 +18,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.profiler import ProfilerActivity, profile
 
 import bench
-import hardware
-import optim
-import planning
 from config import TrainConfig, UserError, load_config
+from lpa import hardware, optim, planning
 from model import GPT, GPTConfig, LowDim
 
 GPT_SMALL = GPTConfig(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from products import Linear, linear, rms_norm
+from lpa.cpu import Linear, linear, rms_norm
 
 
 def draw(*shape: int) -> torch.Tensor:

@@ -18,9 +18,9 @@ from test_model import randomise
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import planning
 from config import load_config
-from memory import FUSED_ATTENTION, GatedProduct, HeadLoss
+from lpa import planning
+from lpa.loss import FUSED_ATTENTION, GatedProduct, HeadLoss
 from model import GPT, GPTConfig, LowDim
 
 # Every width differs from every other, so that a product's shape tells which one it is.

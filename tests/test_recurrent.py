@@ -12,14 +12,12 @@ from conftest import read_log, run_here
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-import hardware
-import optim
 import recurrent
 from config import TrainConfig, UserError, load_config
 from experiments import recurrent as comparison
+from lpa import checkpoint, hardware, optim
+from lpa.planning import LiveStorages
 from model import GPTConfig, LowDim
-from planning import LiveStorages
 from recurrent import RecurrentConfig, RecurrentGPT
 
 W = 4

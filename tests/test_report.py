@@ -19,9 +19,9 @@ from conftest import run_here
 from test_plot import BITS, write_log
 from test_spectrum import LPA, RUN, SHAPE
 
-import checkpoint
 from config import UserError, parse
 from experiments import logs, plot, report
+from lpa import checkpoint
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 

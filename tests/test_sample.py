@@ -10,12 +10,11 @@ import pytest
 import torch
 from conftest import run, run_here
 
-import checkpoint
 import data
 import data.own_text.prepare as own_text
-import decode
 from config import UserError, parse
 from data.tokenizers import CharTokenizer
+from lpa import checkpoint, decode
 from model import GPT, GPTConfig, LowDim
 
 SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=24, vocab_size=96)

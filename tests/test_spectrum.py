@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import run_here
 
-import checkpoint
 import data
 from config import UserError, parse
 from experiments import spectrum
+from lpa import checkpoint
 from model import Dense, LowRank
 
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--ffn_dim=48", "--max_steps=5"]

@@ -17,14 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import checkpoint
-import decode
-import optim
-import structured
 import train
 from config import TrainConfig, UserError, load_config
+from lpa import checkpoint, decode, optim, structured
+from lpa.structured import BlockDense, BlockShuffle, Guided
 from model import GPT, GPTConfig, LowDim, LowRank
-from structured import BlockDense, BlockShuffle, Guided
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)
 MIXED = LowDim(q="blockshuffle:4", k="blockdense:8:2", v="blockdense:12:4", o="blockshuffle:2", gate=6,

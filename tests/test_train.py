@@ -24,16 +24,14 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, read_log, run, run_apart, run_here, run_ranks
 
-import checkpoint
 import data
-import hardware
-import optim
 import train
 from config import TrainConfig, UserError, load_config
 from data.tokenizers import ByteTokenizer
-from guard import Guard
+from lpa import checkpoint, hardware, optim
+from lpa.distributed import Watch, World
+from lpa.guard import Guard
 from model import GPT, GPTConfig, LowDim
-from parallel import Watch, World
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", *(f"--lowdim.{x}=8" for x in "qkvo")]
 TINY += ["--batch_size=4", "--log_interval=1", "--eval_interval=0", "--eval_tokens=640", "--compile=off"]

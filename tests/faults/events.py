@@ -14,11 +14,9 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-import checkpoint
 import data
-import log
-import parallel
 import train
+from lpa import checkpoint, distributed, log
 
 AUDITED = {"os.rename": "rename", "os.remove": "prune", "os.rmdir": "prune", "os.mkdir": "mkdir"}
 
@@ -31,7 +29,7 @@ def kill_at() -> None:
     several ranks only FAULT_RANK is killed; the others then wait less than usual for one that will not answer.
     """
     kind, at = os.environ.get("FAULT_KIND", ""), int(os.environ.get("FAULT_AT", 0))
-    parallel.ROLL_CALL_SECONDS = 0.5
+    distributed.ROLL_CALL_SECONDS = 0.5
     if os.environ.get("FAULT_RANK", "0") != os.environ.get("RANK", "0"):
         return
     counts: collections.Counter[str] = collections.Counter()

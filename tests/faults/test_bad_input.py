@@ -20,10 +20,9 @@ from conftest import read_log, run_here
 from hypothesis import HealthCheck, Phase, given, settings
 from test_train import arguments, losses, same, tensors
 
-import checkpoint
-import hardware
 import sample
 from config import UserError, load_config
+from lpa import checkpoint, hardware
 
 FAST, SLOW = 12, 400
 ODD = ("-1", "0", "1", "2", "3", "5", "8", "16", "33", "0.5", "1e-3", "1e30", "nan", "inf", "", "None", "true", "é\n")

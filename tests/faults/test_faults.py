@@ -20,9 +20,9 @@ import torch
 from conftest import read_log, run, run_here, run_ranks, start
 from test_train import arguments, losses, same, tensors
 
-import checkpoint
 from config import UserError
-from guard import Guard
+from lpa import checkpoint
+from lpa.guard import Guard
 
 SIX = ["--max_steps=6", "--save_interval=2"]
 

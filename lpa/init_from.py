@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import checkpoint
 import export
-import factors
 from config import UserError
 from data.tokenizers import read_hf
+from lpa import checkpoint, init
 from model import GPT, Dense, LowRank
 from recurrent import RecurrentGPT
 
@@ -79,11 +78,11 @@ def change_rank(name: str, layer: nn.Module, source: Any) -> float:
     if 0 < source.rank < layer.rank:
         raise UserError(f"{name} has rank {layer.rank}, wanted at most the {source.rank} of the run it starts from")
     if isinstance(source, LowRank):
-        svd = factors.product_svd(source.A.to(layer.A.device), source.B.to(layer.A.device))
+        svd = init.product_svd(source.A.to(layer.A.device), source.B.to(layer.A.device))
     else:
         matrix = source.weight if isinstance(source, Dense) else source.materialise()
         svd = torch.linalg.svd(matrix.to(layer.A.device), full_matrices=False)
-    A, B, energy = factors.truncate(svd, layer.rank)
+    A, B, energy = init.truncate(svd, layer.rank)
     layer.A.copy_(A)
     layer.B.copy_(B)
     return energy

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from products import linear, onednn, suits_onednn
+from lpa.cpu import linear, onednn, suits_onednn
 
 
 def parse(kind: str, d_in: int, d_out: int) -> tuple[int, int]:

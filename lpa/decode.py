@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lpa.cpu import linear
 from model import GPT, Attention, GPTConfig, attend, matrix_numbers
-from products import linear
 
 
 def cached_widths(c: GPTConfig) -> dict[str, tuple[int, int]]:
@@ -39,7 +39,7 @@ def latent(c: GPTConfig, name: str) -> int:
     rank = getattr(c.lowdim, name)
     if isinstance(rank, int):
         return rank
-    import structured
+    from lpa import structured
 
     return structured.parse(rank, *c.sublayers[name])[0]
 
@@ -244,7 +244,7 @@ def few_tokens(layers: list[Merged]) -> int:
 
 def seconds_of(layers: list[Merged], x: Tensor, few: int) -> float:
     """Of all layers in turns, so that their weights come from where they would in the model, be it cache or memory."""
-    import hardware  # here, as it needs config, which needs recurrent.py, which needs this file
+    from lpa import hardware
 
     for layer in layers:
         layer.few = few

@@ -26,9 +26,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import hardware
-import structured
 from config import TrainConfig, UserError
+from lpa import hardware, structured
 from model import GPT
 
 ROLL_CALL_SECONDS = 5.0  # how long the ranks that saw a time-out wait for others to say so too

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import hardware
-import optim
 from config import Dtype, TrainConfig, UserError
+from lpa import hardware, optim
 from model import GPT, GPTConfig
 
 ALLOWANCE = 0.1  # of a GPU's memory, for what is not counted

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from config import Dtype, UserError
-from products import linear
+from lpa.cpu import linear
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

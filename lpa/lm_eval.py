@@ -19,11 +19,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-import decode
-import hardware
 import recurrent
 from config import UserError
 from data.tokenizers import END_OF_TEXT, Tokenizer
+from lpa import decode, hardware
 from model import GPT
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # the token ids of a context, and of what is to follow it

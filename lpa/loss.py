@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from products import linear, sums
+from lpa.cpu import linear, sums
 
 # The attention kernels that never form T x T scores, by device and by what they can take
 FUSED_ATTENTION = {

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-import hardware
 from config import TrainConfig, UserError
+from lpa import hardware
+from lpa.distributed import World
 from model import GPT
-from parallel import World
 
 
 class Log:

@@ -30,11 +30,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import structured
 from config import UserError
 from data.tokenizers import Tokenizer, load_tokenizer
+from lpa import structured
+from lpa.distributed import World
 from model import GPT, GPTConfig, LowDim
-from parallel import World
 from recurrent import RecurrentConfig, new_model
 
 Parts = dict[str, dict[str, Tensor]]  # 'model' and 'optimizer', each by names like transformer.h.0.attn.q.A.exp_avg
