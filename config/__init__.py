@@ -23,7 +23,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import tyro
 
 from model import GPTConfig
-from recurrent import RecurrentConfig
 
 T = TypeVar("T")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -37,49 +36,15 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
-class CopyTask:
-    """The generated tasks, dataset = 'copy' or 'selective_copy' (data/copying.py), and the curriculum of lengths."""
-
-    keep: int = 16
-    """Tokens to copy."""
-    noise: int = 4096
-    """Noise tokens; a sequence has noise + 2 keep."""
-    start_noise: int | None = None
-    """Noise tokens at first, doubled when an evaluation finds the loss below `threshold`; None = all from the start."""
-    alphabet: int = 16
-    """Symbols, noise and marker among them."""
-    threshold: float = 0.3
-    rates: Literal["constant", "note", "code"] = "note"
-    """How the learning rate follows noise and loss; see data.copying.next_stage."""
-    samples: int = 640
-    """To validate, always the same."""
-
-    def __post_init__(self) -> None:
-        for name in ("keep", "noise", "start_noise", "threshold", "samples"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"task.{name} is {value}, wanted above 0")
-        if not 4 <= self.alphabet <= 63:
-            raise ValueError(f"task.alphabet is {self.alphabet}, wanted 4 to 63")
-        if self.start_noise is not None and self.start_noise > self.noise:
-            raise ValueError(f"task.start_noise is {self.start_noise}, wanted at most task.noise = {self.noise}")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
-    """Everything that train.py reads; the model's options (GPTConfig) are flags of the same command line."""
+    """The options of train.py. The model's options (GPTConfig) are flags of the same command line."""
 
     gpt: Annotated[GPTConfig, tyro.conf.arg(name="")] = field(default_factory=GPTConfig)
 
-    model: Literal["gpt", "recurrent"] = "gpt"
-    """recurrent: the blocks carried over a sliding window, see recurrent.py."""
-    recurrent: Annotated[RecurrentConfig, tyro.conf.arg(name="")] = field(default_factory=RecurrentConfig)
-
     # Data. A step sees tokens_per_step tokens, whatever the number of ranks; accumulation follows from it.
     dataset: str = "pystdlib"
-    """A corpus below data/, the path of a folder that holds meta.json and its shards, or token files of llm.c,
-    modded-nanogpt or nanoGPT (taken for GPT-2's), or copy, or selective_copy."""
-    task: CopyTask = field(default_factory=CopyTask)
+    """A corpus below data/, a folder with meta.json and shards, or token files of llm.c, modded-nanogpt or nanoGPT
+    (taken for GPT-2's)."""
     batch_size: int = 8
     """Sequences per rank and micro-step; fewer where tokens_per_step does not give so many to each of several ranks."""
     tokens_per_step: int | None = None
@@ -100,12 +65,6 @@ class TrainConfig:
     decay_share: float = 0.2
     """Share of max_steps in which 'wsd' decays."""
 
-    # Help for factored layers
-    self_guided: float | Literal["flops"] = 0.0
-    """Share of the steps in which a dense matrix beside each factored layer guides it (arXiv 2406.16450), with falling
-    weight; 0 = never. flops: as many as bring the run to the training FLOPs of the dense twin, and as many steps more,
-    which see the tokens of the guided ones again."""
-
     # Optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: for the matrices inside the blocks, with adamw for the rest."""
@@ -124,14 +83,11 @@ class TrainConfig:
     multiplies it faster."""
     compile: Literal["auto", "off", "model", "block"] = "auto"
     """torch.compile of the whole model or of one block; auto = see hardware.choose_compile."""
-    recompute: Literal["none", "latents", "block"] = "none"
-    """What backward rebuilds to save memory. latents: all but attention and the products over the model width, a few
-    percent slower, not of a recurrent model; block: whole blocks, a third slower; none: nothing."""
-
+    recompute: Literal["none", "elementwise", "latents", "block"] = "none"
+    """What backward computes again to save memory (lpa/recompute.py). elementwise: all but matrix products and
+    attention; latents: also the products with B; block: whole blocks, a third slower."""
     shard: bool = False
     """Spread weights, gradients and optimizer state over the ranks (FSDP), each block gathered while it computes."""
-    deterministic: bool = False
-    """The same bits each time on CUDA too, where some kernels add in any order; on a CPU it is so anyway."""
     hang_timeout: float = 1800.0
     """Seconds that a rank waits for another, before all of them end and the missing one is named."""
 
@@ -150,15 +106,8 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     resume: Literal["never", "auto", "must"] = "never"
     """auto = go on where out_dir holds a checkpoint; a bare --resume means must."""
-    new_data: bool = False
-    """Let a resume go on with another corpus than the run began with."""
-    save_errors: Literal["stop", "go_on"] = "stop"
-    """When a checkpoint cannot be saved, on a full disk say. Earlier ones stay as they are in either case; a
-    self-guided run cannot go on without the one at the end of its guidance."""
     max_hours: float | None = None
     """Save and stop after so long, as after a SIGTERM."""
-    skip_spikes: float = 0.0
-    """Skip a step whose loss or gradient norm is so many standard deviations above the last 128; 0 = none."""
     sample_interval: int = 0
     """Steps between texts written by the model, into log.jsonl; 0 = none."""
     wandb: bool = False
@@ -170,7 +119,7 @@ class TrainConfig:
             if value is not None and not 0 < value < math.inf:  # nan is neither
                 raise ValueError(f"{name} is {value}, wanted above 0")
         zero_or_more = ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "seed")
-        for name in (*zero_or_more, "skip_spikes", "sample_interval"):
+        for name in (*zero_or_more, "sample_interval"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
         for name in ("beta1", "beta2"):
@@ -180,18 +129,9 @@ class TrainConfig:
             raise ValueError(f"min_lr is {self.min_lr}, wanted at most learning_rate = {self.learning_rate}")
         if self.init_from is not None and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
             raise ValueError(f"init_from is {self.init_from}, wanted another folder than out_dir")
-        if self.self_guided != "flops" and not 0 <= self.self_guided <= 1:
-            raise ValueError(f"self_guided is {self.self_guided}, wanted a share from 0 to 1, or flops")
-        if self.self_guided and self.model != "gpt":
-            raise ValueError(f"self_guided is {self.self_guided}, wanted 0 for model = {self.model!r}")
-        if self.self_guided and not any(vars(self.gpt.lowdim).values()):
-            raise ValueError(f"self_guided is {self.self_guided}, wanted 0, as lowdim leaves every matrix dense")
-        if self.recompute == "latents" and self.model != "gpt":  # its rules are for one pass of a block, not for many
-            raise ValueError(f"recompute is latents, wanted block or none for model = {self.model!r}")
         if self.shard:
-            for name, free in (("model", "gpt"), ("sample_interval", 0)):
-                if getattr(self, name) != free:
-                    raise ValueError(f"{name} is {getattr(self, name)}, wanted {free} with shard")
+            if self.sample_interval:
+                raise ValueError(f"sample_interval is {self.sample_interval}, wanted 0 with shard")
             if self.dtype == "float16":
                 raise ValueError("dtype is float16, wanted bfloat16 or float32 with shard")
         if not 0 < self.decay_share <= 1:
@@ -233,7 +173,7 @@ def as_command(c: TrainConfig) -> str:
 
     def flat(c: TrainConfig) -> list[str]:
         options = dataclasses.asdict(c)
-        return as_arguments(options.pop("gpt") | options.pop("recurrent") | options)
+        return as_arguments(options.pop("gpt") | options)
 
     defaults = flat(TrainConfig())
     return shlex.join(argument for argument in flat(c) if argument not in defaults)

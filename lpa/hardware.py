@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from config import Dtype, UserError
-from lpa.cpu import linear
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,15 +40,6 @@ def choose_device(name: str = "auto") -> torch.device:
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
     """Matrix products in dtype; nothing for float32."""
     return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
-
-
-def prepare(device: torch.device, deterministic: bool = False) -> None:
-    """Settings of this process, before it computes. deterministic: on CUDA too the same bits each time, more slowly."""
-    if device.type == "cpu":
-        keep_freed_memory()
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory() -> None:
@@ -132,7 +122,7 @@ def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.5, n: int |
     n = n or (8192 if device.type == "cuda" else 1024)
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[dtype])
     with torch.no_grad():
-        return 2 * n**3 / fastest(lambda: linear(a, b), device, seconds)
+        return 2 * n**3 / fastest(lambda: a @ b, device, seconds)
 
 
 def copy_rate(device: torch.device, seconds: float = 0.5) -> float:

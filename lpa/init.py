@@ -1,6 +1,6 @@
-"""How the two factors of a low-rank layer start: drawn by a law, or from a matrix that was trained.
+"""How the two factors of a layer start: drawn by a law, or cut from a trained matrix.
 
-Shapes: R rank, C_in and C_out the widths of the layer.
+Shapes: R rank, C_in and C_out the widths of the layer, K blocks.
 """
 
 import torch
@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 def fill(A: Tensor, B: Tensor, law: str, s: float, std: float, generator: torch.Generator) -> None:
-    """Draw A (R, C_in) and B (C_out, R) by one of the laws that the table in GPT.init_weights tells."""
+    """Draw A (R, C_in) and B (C_out, R) by a law of the table in GPT.init_weights; blocks (K, ...) are orthogonal."""
+    if A.ndim == 3:
+        for factor in (A, B):
+            orthogonal_(factor, generator)
+        B.mul_(s / std)
+        return
     rank, d_in = A.shape
     d_out = len(B)
     if law == "matched":
@@ -19,15 +24,24 @@ def fill(A: Tensor, B: Tensor, law: str, s: float, std: float, generator: torch.
         B.uniform_(-(rank**-0.5), rank**-0.5, generator=generator).mul_(s / std)
     else:
         # The singular vectors of a Gaussian matrix are uniform and independent of its singular values, which follow
-        # the Marchenko-Pastur law. So no 4096 x 4096 SVD is needed: two thin QRs and the law's quantiles do.
+        # the Marchenko-Pastur law. So two thin QRs and the law's quantiles replace the SVD of a C_out x C_in matrix.
         root = (s * singular_values(d_in, d_out, rank)).sqrt().to(A)  # (R,)
         for factor, width in ((A.T, d_in), (B, d_out)):
             q, r = torch.linalg.qr(torch.randn(width, rank, device=A.device, generator=generator))
             factor.copy_(q * r.diagonal().sign() * root)  # the signs make q uniform (arXiv math-ph/0609050)
 
 
+def orthogonal_(factor: Tensor, generator: torch.Generator) -> None:
+    """Draw a matrix, or each block of (K, rows, columns), with singular values of 1."""
+    gaussian = torch.randn(factor.shape, device=factor.device, generator=generator)
+    tall = gaussian if factor.size(-2) >= factor.size(-1) else gaussian.mT
+    q, r = torch.linalg.qr(tall)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # makes q uniform (arXiv math-ph/0609050)
+    factor.copy_(q if tall is gaussian else q.mT)
+
+
 def singular_values(d_in: int, d_out: int, rank: int) -> Tensor:
-    """The largest `rank` singular values of a d_out x d_in matrix of N(0, 1), as quantiles of their limit law."""
+    """Return the largest `rank` singular values of a d_out x d_in matrix of N(0, 1), as quantiles of their limit."""
     small, large = sorted((d_in, d_out))
     ratio = (small / large) ** 0.5
     # x^2 is Marchenko-Pastur on [1 - ratio, 1 + ratio]; x = 1 - ratio cos(t) takes the square roots out of its ends.
@@ -41,7 +55,7 @@ def singular_values(d_in: int, d_out: int, rank: int) -> Tensor:
 
 
 def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD of B A (C_out, C_in): U (C_out, R), singular values (R,), V^T (R, C_in), without forming B A.
+    """Return the thin SVD of B A: U (C_out, R), singular values (R,), V^T (R, C_in), without forming B A.
 
     With B = Q_b R_b and A^T = Q_a R_a by QR, B A = Q_b (R_b R_a^T) Q_a^T, and the matrix in the middle is only R x R.
     """
@@ -52,10 +66,10 @@ def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def truncate(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor, float]:
-    """A thin SVD -> A (R, C_in) and B (C_out, R) whose product is the nearest of that rank, and the energy it keeps.
+    """Return A (R, C_in) and B (C_out, R) whose product is nearest to the matrix of a thin SVD, and the energy kept.
 
-    Each factor takes the root of the singular values, so that both are of one scale. Energy is the sum of squared
-    singular values that stay over that of all (Eckart and Young: 1 - energy is the relative squared error).
+    Each factor takes the root of the singular values, so both have the same scale. The energy is the sum of the squared
+    singular values that stay over the sum of all (Eckart and Young: 1 - energy is the relative squared error).
     """
     u, s, vh = svd
     root = s[:rank].sqrt()

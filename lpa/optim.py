@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from config import TrainConfig
 from model import GPT
-from recurrent import RecurrentGPT
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -46,8 +45,6 @@ def make_optimizers(model: GPT, c: TrainConfig) -> list[torch.optim.Optimizer]:
         if not model.config.tie_embeddings:
             groups.append(dict(name="head", params=[head], weight_decay=c.weight_decay))
     adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
-    if isinstance(model, RecurrentGPT):
-        adamw.register_step_post_hook(lambda *_: model.hold_alpha())
     return [adamw, Muon(muon, lr=c.learning_rate, bfloat16=c.dtype == "bfloat16")] if muon else [adamw]
 
 
