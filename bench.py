@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from lpa.guard import Guard
 from torch import Tensor, nn
 
 import data
@@ -34,7 +35,6 @@ import train
 from config import TrainConfig, UserError, load_config, user_errors
 from lpa import decode, hardware, optim, planning
 from lpa.distributed import World, spread
-from lpa.guard import Guard
 from model import GPT, GPTConfig, LowDim
 
 

@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, S tokens so far, C n_embd, H heads, G key and val
 F ffn_dim, R rank of a projection, V vocabulary.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -248,7 +248,7 @@ class GPT(nn.Module):
     """The language model. `model(idx)` gives logits, `model(idx, targets)` the mean loss in nats per token."""
 
     def __init__(self, c: GPTConfig, seed: int | None = 1) -> None:
-        """Draw the weights from `seed`; None leaves them unset, for a checkpoint. Raise ValueError without vocab_size."""
+        """Draw the weights from `seed`, or leave them unset for a checkpoint. Raise ValueError without vocab_size."""
         super().__init__()
         if c.vocab_size is None:
             raise ValueError("vocab_size is None, wanted a number of tokens")
@@ -343,7 +343,7 @@ class GPT(nn.Module):
         return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(outside))
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """Count matmul and attention FLOPs of a forward pass, 2 per multiply-add; training takes three times as much."""
+        """Count matmul and attention FLOPs of a forward pass, 2 per multiply-add; training takes 3 times as many."""
         c = self.config
         layers = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
         matrices = sum(p.numel() for m in layers for p in m.parameters(recurse=False) if p.ndim > 1)

@@ -11,12 +11,11 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
 
-import recurrent
 from config import UserError, parse, user_errors
 from lpa import checkpoint, decode, hardware
 
@@ -26,7 +25,7 @@ class SampleConfig:
     run: tyro.conf.Positional[Path]
     """A run folder, or one of its checkpoints, such as RUN/ckpt/best."""
     prompt: str = ""
-    """What the text begins with; - reads standard input; empty starts a new text."""
+    """The start of the text; - reads standard input; empty starts a new text."""
     prompt_file: Path | None = None
     """Read the prompt from this file instead."""
     num_samples: int = 1
@@ -38,9 +37,7 @@ class SampleConfig:
     top_p: float | None = None
     """Draw from the smallest set of tokens that holds this share of the probability."""
     beyond: Literal["window", "stop"] = "window"
-    """When the model's context is full: go on from the last half of it, or stop with a message."""
-    premerge: bool = False
-    """Form the dense matrices of factored layers, too, where they are faster for few tokens: this is measured first."""
+    """When the model's context is full: continue from the last half of it, or stop with a message."""
     seed: int = 1
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -64,19 +61,11 @@ def main(c: SampleConfig) -> None:
     ids = list(tokenizer.encode(prompt))
     if not ids:
         ids = [0 if tokenizer.end_of_text is None else tokenizer.end_of_text]
-    carried = isinstance(model, recurrent.RecurrentGPT)
-    if c.premerge and carried:
-        raise UserError(f"premerge is True, wanted False for {c.run}, whose model is 'recurrent'")
-    if c.premerge:
-        with hardware.autocast(device, c.dtype):
-            print("\n".join(decode.premerge(model)), file=sys.stderr)
-    endless = carried and model.config.pos != "learned"
-    if len(ids) > model.config.block_size and not endless:
+    if len(ids) > model.config.block_size:
         print(f"note: the model sees the last {model.config.block_size} of {len(ids)} tokens", file=sys.stderr)
     idx = torch.tensor([ids], device=device)
     room = 1 + max(0, model.config.block_size - len(ids))  # tokens to draw until the context is full
     generator = torch.Generator(device).manual_seed(c.seed)
-    generate: Any = recurrent.generate if carried else decode.generate
     for number in range(c.num_samples):
         if c.num_samples > 1:
             print(f"--- sample {number + 1}")
@@ -84,12 +73,12 @@ def main(c: SampleConfig) -> None:
         pending = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
         with hardware.autocast(device, c.dtype):
             options = (c.max_new_tokens, tokenizer.vocab_size, c.temperature, c.top_k, c.top_p, generator)
-            for token in generate(model, idx, *options, beyond=c.beyond):
+            for token in decode.generate(model, idx, *options, beyond=c.beyond):
                 if token.item() == tokenizer.end_of_text:
                     break
                 print(pending.decode(tokenizer.decode_bytes(int(token))), end="", flush=True)
             else:
-                if c.beyond == "stop" and c.max_new_tokens > room and not endless:
+                if c.beyond == "stop" and c.max_new_tokens > room:
                     limit = f"the context of {model.config.block_size} tokens is full"
                     print(f"note: stopped after {room} of {c.max_new_tokens} tokens: {limit}", file=sys.stderr)
         print(pending.decode(b"", final=True))

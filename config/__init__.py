@@ -15,7 +15,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -39,7 +39,7 @@ class UserError(Exception):
 class TrainConfig:
     """The options of train.py. The model's options (GPTConfig) are flags of the same command line."""
 
-    gpt: Annotated[GPTConfig, tyro.conf.arg(name="")] = field(default_factory=GPTConfig)
+    gpt: Annotated[GPTConfig, tyro.conf.arg(name="")]
 
     # Data. A step sees tokens_per_step tokens, whatever the number of ranks; accumulation follows from it.
     dataset: str = "pystdlib"
@@ -175,7 +175,7 @@ def as_command(c: TrainConfig) -> str:
         options = dataclasses.asdict(c)
         return as_arguments(options.pop("gpt") | options)
 
-    defaults = flat(TrainConfig())
+    defaults = flat(TrainConfig(GPTConfig()))
     return shlex.join(argument for argument in flat(c) if argument not in defaults)
 
 

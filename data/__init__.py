@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from data.copying import TASKS, Copying
 from data.shards import HEADER_BYTES, SHARD_MAGIC, check_shard, describe_foreign, foreign_files
 from data.tokenizers import load_tokenizer
 
@@ -134,8 +133,6 @@ def corpus_folder(dataset: str) -> Path:
     for folder in places:
         if foreign_files(folder):
             return folder
-    if dataset in TASKS:
-        raise UserError(f"{dataset} is made as it is read, no corpus: its figures are in log.jsonl of its run")
     ready = ", ".join(sorted(script.parent.name for script in DATA.glob("*/prepare.py")))
     raise UserError(
         f"no corpus {dataset} below {DATA.name}/, no {Path(dataset) / 'meta.json'} and no train.bin; prepare your "
@@ -174,7 +171,7 @@ def is_ours(meta: Any) -> bool:
 
 
 def batch(
-    corpus: Corpus | Copying,
+    corpus: Corpus,
     block_size: int,
     batch_size: int,
     seed: int,
@@ -190,8 +187,6 @@ def batch(
     Raises UserError where the corpus is shorter than a block.
     """
     first = (step * micro_steps + micro_step) * world_size * batch_size + rank * batch_size
-    if isinstance(corpus, Copying):
-        return corpus.samples(range(first, first + batch_size))
     starts = [sample_start(corpus.tokens, block_size, seed, first + b) for b in range(batch_size)]
     return windows_at(corpus, block_size, starts)
 
@@ -228,24 +223,20 @@ def permuted(i: int, n: int, key: bytes) -> int:
             return i
 
 
-def eval_windows(corpus: Corpus | Copying, block_size: int, tokens: int | None = None) -> np.ndarray:
+def eval_windows(corpus: Corpus, block_size: int, tokens: int | None = None) -> np.ndarray:
     """Numbers of the windows that an evaluation reads: the same ones for every model, step and world size.
 
     The split holds (N - 1) // T disjoint windows. With `tokens`, tokens // T of them (at least one), evenly spread.
     A rank takes eval_windows(...)[rank::world_size]. Raises UserError where the corpus is shorter than a block.
     """
-    if isinstance(corpus, Copying):
-        return np.arange(corpus.task.samples)
     require_block(corpus, block_size)
     windows = (corpus.tokens - 1) // block_size
     count = windows if tokens is None else min(windows, max(1, tokens // block_size))
     return np.arange(count) * windows // count
 
 
-def eval_batch(corpus: Corpus | Copying, block_size: int, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+def eval_batch(corpus: Corpus, block_size: int, windows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Inputs and targets of those windows, int64 (len(windows), T) each."""
-    if isinstance(corpus, Copying):
-        return corpus.samples(windows)
     return windows_at(corpus, block_size, [int(window) * block_size for window in windows])
 
 

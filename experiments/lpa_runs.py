@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from data.copying import TASKS
 
 import data
 import train
 from config import TrainConfig, UserError, as_arguments, load_config
-from data.copying import TASKS
 from experiments.lpa_models import SCALES, Arm, arms
 from lpa import checkpoint
 from lpa.distributed import World

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lpa.guard import Guard
 from torch import Tensor, nn
 
 import data
@@ -27,7 +28,6 @@ import train
 from config import TrainConfig, load_config, parse, user_errors
 from lpa import hardware, optim
 from lpa.distributed import World
-from lpa.guard import Guard
 from model import GPT, LowRank
 
 

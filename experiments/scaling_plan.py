@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from data.copying import TASKS
+from lpa.guard import Guard
+from recurrent import new_model
 
 import data
 import train as trainer
 from config import TrainConfig, UserError, as_arguments, load_config
-from data.copying import TASKS
 from experiments import lpa_runs
 from experiments.lpa_models import Arm
 from lpa import hardware, optim
 from lpa.distributed import World
-from lpa.guard import Guard
-from recurrent import new_model
 
 START_SECONDS = 10  # of a process, until it trains
 FEWEST_STEPS = 50

@@ -42,10 +42,10 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed. It would give large blocks back and fetch them anew in each step, page by page:
-    a new tensor of 64 MiB is then filled several times faster (`python -m experiments.products`)."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+def keep_freed_memory(device: torch.device) -> None:
+    """Let glibc keep what is freed on a CPU. It would return large blocks and fetch them again in each step, page by
+    page: a new tensor of 64 MiB is then filled several times faster (`python -m experiments.speed.products`)."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

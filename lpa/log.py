@@ -1,4 +1,4 @@
-"""What a run tells: lines on the terminal, out/RUN/log.jsonl, and wandb when asked. Ranks other than 0 are silent."""
+"""The log of a run: lines on the terminal, out/RUN/log.jsonl, and wandb when asked. Ranks other than 0 are silent."""
 
 import json
 import math
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from config import TrainConfig, UserError
-from lpa import hardware
-from lpa.distributed import World
+from data import Corpus
+from lpa import counts, hardware, optim
+from lpa.distributed import DistInfo
 from model import GPT
 
 
@@ -25,27 +26,29 @@ class Log:
         model: GPT,
         tokens_per_step: int,
         last_step: int,
-        world: World,
+        info: DistInfo,
         resumed: bool,
     ) -> None:
-        self.silent, self.full = world.rank != 0, False
+        self.silent, self.full = info.rank != 0, False
         self.first, self.seconds, self.wandb_id = True, state["seconds"], state["wandb_id"]
         self.wandb: Any = None
+        self.run, self.ranks = run, info.world_size
         self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
-        self.length_share = 1.0  # of block_size: how long the sequences of this stage of a generated task are
-        rate = hardware.matmul_rate(world.device, c.dtype)  # on all ranks at once: they may share a machine
-        self.matmul_rate = world.size * world.mean(torch.tensor(rate, device=world.device)).item()
+        rate = hardware.matmul_rate(info.device, c.dtype)  # on all ranks at once: they may share a machine
+        self.matmul_rate = info.world_size * info.mean(torch.tensor(rate, device=info.device)).item()
         self.flops_per_token = 3 * model.flops_per_token()  # backward takes twice the forward pass
-        self.evaluated, self.sampled = world.from_rank_0(lambda: self.open(run, state["step"], resumed))
+        self.evaluated, self.sampled = info.run_on_rank_0(lambda: self.open(run, state["step"], resumed))
         if not self.silent:
-            setting = self.tell_setting(state, model, world)
+            setting = self.log_setting(state, model, info)
             if c.wandb:
                 self.open_wandb(run, setting)
         self.start_clock(state["step"])
 
     def open(self, run: Path, step: int, resumed: bool) -> tuple[set[int], set[int]]:
-        """Start log.jsonl, or on a resume drop what a crashed run wrote after its checkpoint -> the steps that
-        have an evaluation in it, and those that have a sample."""
+        """Open log.jsonl. On a resume, drop what a crashed run wrote after its checkpoint.
+
+        Return the steps that have an evaluation in it, and those that have a sample.
+        """
         path, kept = run / "log.jsonl", []
         try:
             if resumed and path.exists():
@@ -60,19 +63,21 @@ class Log:
         evaluated, sampled = ({r["step"] for r in records if name in r} for name in ("val_loss", "sample"))
         return evaluated, sampled
 
-    def tell_setting(self, state: dict[str, Any], model: GPT, world: World) -> dict[str, Any]:
-        """Write the first record of this start -> that record."""
+    def log_setting(self, state: dict[str, Any], model: GPT, info: DistInfo) -> dict[str, Any]:
+        """Write and return the first record of this start."""
         versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
-        on, dtype = hardware.describe(world.device), state["options"]["dtype"]
-        setting = dict(step=state["step"], versions=versions, device=on, ranks=world.size)
-        setting |= dict(matmul_flops=self.matmul_rate, options=state["options"], parameters=str(model).splitlines())
+        on, dtype = hardware.describe(info.device), state["options"]["dtype"]
+        setting = dict(step=state["step"], versions=versions, device=on, ranks=info.world_size)
+        setting |= dict(matmul_flops=self.matmul_rate, options=state["options"])
+        setting |= dict(parameters=counts.table(model).splitlines())
         self.write(setting)
+        self.say("\n".join(setting["parameters"]))
         rate = f"{self.matmul_rate / 1e12:.3g} TFLOP/s in large {dtype} products"
         self.say(f"torch {torch.__version__} on {on}: {rate}\n")
         return setting
 
     def open_wandb(self, run: Path, setting: dict[str, Any]) -> None:
-        """wandb's config is the options, with the parameter table, the versions and the ranks beside them."""
+        """Start wandb with the options, the parameter table, the versions and the number of ranks as its config."""
         try:
             import wandb
         except ImportError:
@@ -85,6 +90,34 @@ class Log:
             raise UserError(f"wandb did not start; WANDB_MODE=offline needs no account: {error}") from None
         self.wandb.define_metric("*", step_metric="step")
         self.wandb_id = self.wandb.id
+
+    def start(
+        self,
+        c: TrainConfig,
+        asked: str,
+        optimizers: list[torch.optim.Optimizer],
+        train_data: Corpus,
+        val_data: Corpus,
+        micro_steps: int,
+        folder: Path | None,
+    ) -> None:
+        """Print what will be trained, how, and on what. folder: the checkpoint it continues from."""
+        self.say(f"{optim.describe(optimizers)}\noptions: {asked}")
+        if warning := optim.late_warm_up(c):
+            self.warn(warning)
+        epochs = c.max_steps * self.tokens_per_step / train_data.tokens
+        self.say(
+            f"data: {train_data.tokens:,} training tokens of {c.dataset}, {val_data.tokens:,} to validate;"
+            f" {c.max_steps:,} steps are {epochs:.3g} epochs"
+        )
+        self.say(f"tokenizer: {train_data.meta['tokenizer'].get('name', train_data.meta['tokenizer']['kind'])}")
+        self.say(
+            f"a step: {self.tokens_per_step:,} tokens = {c.batch_size} sequences x {c.gpt.block_size} tokens"
+            f" x {self.ranks} ranks x {micro_steps} micro-steps"
+        )
+        step = self.clock_step
+        done = f": no step is left of {self.last_step:,}" if step >= self.last_step else ""
+        self.say(f"continuing from {folder}{done}" if folder else f"writing to {self.run}")
 
     def start_clock(self, step: int) -> None:
         self.clock, self.clock_step = time.perf_counter(), step
@@ -102,7 +135,7 @@ class Log:
                 self.file.write(json.dumps(record).encode() + b"\n")
             except OSError as error:  # a full disk is no reason to lose the run
                 if not self.full:
-                    self.warn(f"cannot write log.jsonl: {error.strerror}; the run goes on")
+                    self.warn(f"cannot write log.jsonl: {error.strerror}; the run continues")
                 self.full = True
         if self.wandb:
             self.wandb.log(record)
@@ -110,23 +143,21 @@ class Log:
     def step(
         self, step: int, tokens: int, loss: float, norm: float, learning_rate: float, counts: dict[str, int]
     ) -> None:
-        """The steps since the clock started, as a line; loss and norm are those of the last of them.
+        """Log the steps since the clock started; loss and norm are those of the last of them.
 
-        tokens: what all steps so far have read.
-        counts: how many of all steps so far were skipped, and how many had their gradient clipped.
+        tokens: what all steps so far have read. counts: how many of all steps were skipped, and clipped.
         """
         now, self.first = time.perf_counter(), False
         self.seconds += now - self.clock
         if self.silent:
             return
-        tokens_per_step = self.tokens_per_step * self.length_share
-        speed = (step - self.clock_step) * tokens_per_step / (now - self.clock)
+        speed = (step - self.clock_step) * self.tokens_per_step / (now - self.clock)
         mfu = speed * self.flops_per_token / self.matmul_rate
-        minutes, seconds = divmod(int((self.last_step - step) * tokens_per_step / speed), 60)
-        passed = f" | {counts['skipped']} skipped" if counts["skipped"] else ""
+        minutes, seconds = divmod(int((self.last_step - step) * self.tokens_per_step / speed), 60)
+        skipped = f" | {counts['skipped']} skipped" if counts["skipped"] else ""
         self.say(
             f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.2f}"
-            f" | {speed:,.0f} tok/s | mfu {mfu:.1%} | {minutes // 60}h{minutes % 60:02}m{seconds:02}s left{passed}"
+            f" | {speed:,.0f} tok/s | mfu {mfu:.1%} | {minutes // 60}h{minutes % 60:02}m{seconds:02}s left{skipped}"
         )
         self.write(
             dict(step=step, tokens=tokens, loss=loss, lr=learning_rate, grad_norm=norm)
@@ -135,12 +166,13 @@ class Log:
         )
         self.start_clock(step)
 
-    def evaluation(self, step: int, val_loss: float, bits_per_byte: float, extra: dict[str, float | None]) -> None:
-        """extra: what else was measured, by name. What an earlier start of this run has logged is not told again."""
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float, extra: dict[str, Any] | None = None) -> None:
+        """Log an evaluation, unless an earlier start of this run did. extra: what else was measured, by name."""
         if step in self.evaluated:
             return
-        told = "".join(f", {name} {value:.4g}" for name, value in extra.items() if value is not None)
-        self.say(f"step {step}: val loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte{told}")
+        extra = extra or {}
+        also = "".join(f", {name} {value:.4g}" for name, value in extra.items() if value is not None)
+        self.say(f"step {step}: val loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte{also}")
         self.write(dict(step=step, val_loss=val_loss, val_bits_per_byte=bits_per_byte) | extra)
 
     def sample(self, step: int, text: str) -> None:
@@ -161,7 +193,7 @@ class Log:
 
 
 def logged_by(line: str, step: int) -> bool:
-    """Whether a line of log.jsonl is whole and not later than this step."""
+    """Say whether a line of log.jsonl is whole and not later than this step."""
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):

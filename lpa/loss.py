@@ -42,7 +42,8 @@ class ChunkedLoss(torch.autograd.Function):
             # p - one-hot: the gradient of the sum, not of the mean. A small p / N would vanish in float16, whose loss
             # scale comes later.
             grad = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=log_p.dtype))
-            grad_x[start : start + CHUNK], *parts = torch.autograd.grad(logits, (chunk, *parameters), grad.type_as(logits))
+            inputs = (chunk, *parameters)
+            grad_x[start : start + CHUNK], *parts = torch.autograd.grad(logits, inputs, grad.type_as(logits))
             # Summed in float32: FSDP gathers bfloat16 weights.
             parts = [part.to(loss.dtype) for part in parts]
             grads = [part if total is None else total.add_(part) for total, part in zip(grads, parts)]

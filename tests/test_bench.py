@@ -8,11 +8,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import suite
 import torch
 from conftest import run
 
 import bench
-import suite
 from config import UserError, load_config
 from lpa import planning
 from model import GPT, GPTConfig, LowDim

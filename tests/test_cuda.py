@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_log, run, run_here
+from lpa.guard import Guard
 from test_train import losses, same, tensors
 from torch.profiler import ProfilerActivity, profile
 
 from config import TrainConfig
 from lpa import decode, hardware, optim, planning
 from lpa.distributed import Watch, World
-from lpa.guard import Guard
 from model import GPT, GPTConfig, LowDim
 from train import train_step
 

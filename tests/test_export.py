@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_log, run_here
+from recurrent import RecurrentConfig, RecurrentGPT
 from torch import Tensor
 
 import data
@@ -30,7 +31,6 @@ from data.tokenizers import (
 )
 from lpa import checkpoint, decode, init_from
 from model import GPT, GPTConfig, LowDim
-from recurrent import RecurrentConfig, RecurrentGPT
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

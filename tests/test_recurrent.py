@@ -7,18 +7,18 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import recurrent
 import torch
 from conftest import read_log, run_here
+from recurrent import RecurrentConfig, RecurrentGPT
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import recurrent
 from config import TrainConfig, UserError, load_config
 from experiments import recurrent as comparison
 from lpa import checkpoint, hardware, optim
 from lpa.planning import LiveStorages
 from model import GPTConfig, LowDim
-from recurrent import RecurrentConfig, RecurrentGPT
 
 W = 4
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=20, block_size=64, mlp="gelu", norm="layernorm")

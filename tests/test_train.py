@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, read_log, run, run_apart, run_here, run_ranks
+from lpa.guard import Guard
 
 import data
 import train
@@ -30,7 +31,6 @@ from config import TrainConfig, UserError, load_config
 from data.tokenizers import ByteTokenizer
 from lpa import checkpoint, hardware, optim
 from lpa.distributed import Watch, World
-from lpa.guard import Guard
 from model import GPT, GPTConfig, LowDim
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", *(f"--lowdim.{x}=8" for x in "qkvo")]

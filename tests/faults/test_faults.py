@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_log, run, run_here, run_ranks, start
+from lpa.guard import Guard
 from test_train import arguments, losses, same, tensors
 
 from config import UserError
 from lpa import checkpoint
-from lpa.guard import Guard
 
 SIX = ["--max_steps=6", "--save_interval=2"]
 

@@ -29,13 +29,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from recurrent import RecurrentConfig, RecurrentGPT, generate, new_model
 
 from config import TrainConfig, UserError, load_config, parse, user_errors
 from experiments import lpa_runs, plot
 from lpa import checkpoint, decode, hardware
 from lpa.planning import LiveStorages
 from model import GPT, GPTConfig
-from recurrent import RecurrentConfig, RecurrentGPT, generate, new_model
 
 FORGET = ["--alpha=0", "--alpha_learned=false"]
 SIX = ["--n_layer=6", "--min_lr=1e-4"]

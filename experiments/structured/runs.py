@@ -21,12 +21,12 @@ from typing import Literal
 
 import numpy as np
 import torch
+from experiments.structured_changes import drawn_by_layer, rates_by_factor, structure_aware, structure_aware_with_rates
 
 import train
 from config import TrainConfig, UserError, load_config
 from experiments import plot
 from experiments.logs import NothingYet, Run, read_run
-from experiments.structured_changes import drawn_by_layer, rates_by_factor, structure_aware, structure_aware_with_rates
 from model import GPT, LowDim
 
 Kind = Literal["low rank", "block-dense", "block-shuffle"]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lpa.guard import Guard
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -28,7 +29,6 @@ from config import parse, user_errors
 from data.tokenizers import ByteTokenizer
 from lpa import checkpoint, distributed, hardware
 from lpa.distributed import Watch, World
-from lpa.guard import Guard
 
 RANKS = 2  # of the sharded save
 

@@ -26,12 +26,12 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from experiments.structured_runs import RunOptions, kind_at, share
 from torch import Tensor, nn
 
 import bench
 from config import TrainConfig, load_config, parse, user_errors
 from experiments import plot, structured_runs
-from experiments.structured_runs import RunOptions, kind_at, share
 from lpa import decode, hardware, structured
 from model import GPT, Dense, LowRank
 
