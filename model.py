@@ -43,7 +43,6 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     block_size: int = 512
-    """The longest context, in tokens."""
     vocab_size: int | None = None
     """None = that of the corpus, padded to a multiple of 128."""
     attn_dim: int | None = None
@@ -115,8 +114,10 @@ class LowRank(nn.Module):
 
 
 def dense(d_in: int, d_out: int, bias: bool) -> nn.Linear:
-    # Skips PyTorch's initialisation, as init_weights draws every parameter.
-    return nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias, device=torch.get_default_device())
+    layer = nn.Linear(d_in, d_out, bias, device="meta")  # skips PyTorch's initialisation: init_weights draws all
+    layer.weight = nn.Parameter(torch.empty(d_out, d_in))
+    layer.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+    return layer
 
 
 def projection(c: GPTConfig, name: str) -> nn.Module:
@@ -182,8 +183,7 @@ class Attention(nn.Module):
         v = self.split_heads(self.v(x)).transpose(1, 2)  # (B, G, T, D)
         if cache is not None:
             k, v = cache.append(self, x, k, v)  # (B, G, S, D)
-        if self.rope_dim is not None:
-            v = F.pad(v, (0, self.rope_dim))  # the fused kernels want values as wide as keys
+        v = F.pad(v, (0, self.rope_dim)) if self.rope_dim else v  # the fused kernels want values as wide as keys
         causal = mask is None and x.size(1) > 1  # a single new token may look at everything
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
         return self.o(y[..., : self.head_dim].transpose(1, 2).flatten(2))  # (B, T, H D) -> (B, T, C)
@@ -210,8 +210,7 @@ class MLP(nn.Module):
     def __init__(self, c: GPTConfig) -> None:
         super().__init__()
         self.kind = c.mlp
-        if c.mlp == "swiglu":
-            self.gate = projection(c, "gate")
+        self.gate = projection(c, "gate") if c.mlp == "swiglu" else None
         self.up, self.down = projection(c, "up"), projection(c, "down")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lpa import decode
+from lpa.counts import table
 from model import GPT, GPTConfig, LowDim
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=96)
@@ -85,7 +86,7 @@ def test_numbers_cached_per_token() -> None:
         (dict(pos="none"), 2 * r),
         (dict(pos="learned"), 2 * r),
         (dict(lowdim=LowDim()), 2 * d),
-        (dict(lowdim=LowDim(), rope_dim=64, n_kv_head=4), 2 * d // 4 + 64),
+        (dict(lowdim=LowDim(), rope_dim=64, n_kv_head=4), 2 * d // 4 + 4 * 64),
         (dict(lowdim=LowDim(k=r)), 2 * d),
         (dict(lowdim=LowDim(k=r), pos="none"), d + r),
     ]:
@@ -93,8 +94,8 @@ def test_numbers_cached_per_token() -> None:
         assert decode.cache_numbers_per_token(c) == layers * wanted
     for options in FORMS:
         model = randomised(**options)
-        held = decode.new_cache(model, 3).held.values()
-        assert sum(buffer.numel() for buffer in held) == 3 * 24 * decode.cache_numbers_per_token(model.config)
+        held = decode.new_cache(model, 3).held
+        assert sum(buffer.numel() for layer in held for buffer in layer.values()) == 3 * 24 * decode.cache_numbers_per_token(model.config)
 
 
 @pytest.mark.parametrize("lowdim", RANKS, ids=str)
@@ -102,7 +103,7 @@ def test_rope_dim_is_its_formula(lowdim: LowDim) -> None:
     """Written out for one head at a time in float64: D unrotated and R rotated channels, the rotated key shared."""
     torch.manual_seed(0)
     model = randomised(n_kv_head=2, rope_dim=6, lowdim=lowdim).double()
-    attn, rotation, x = model.transformer.h[0].attn, model.rotation[:, :7], torch.randn(1, 7, 32, dtype=torch.float64)
+    attn, rotation, x = model.transformer.h[0].attn, model.rope[:, :7], torch.randn(1, 7, 32, dtype=torch.float64)
     q, k, v, qr, kr = (getattr(attn, name)(x)[0] for name in ("q", "k", "v", "qr", "kr"))
     turn = torch.view_as_complex(rotation.movedim(0, -1).contiguous()).to(torch.complex128)  # (T, 3)
 
@@ -117,7 +118,7 @@ def test_rope_dim_is_its_formula(lowdim: LowDim) -> None:
         scores = (scores / (8 + 6) ** 0.5).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
         heads.append(scores.softmax(-1) @ v[:, shared])
     y = attn.o(torch.cat(heads, dim=-1))
-    torch.testing.assert_close(attn(x, rotation)[0], y, atol=1e-10, rtol=0)
+    torch.testing.assert_close(attn(x, rotation, None)[0], y, atol=1e-10, rtol=0)
 
 
 def test_rope_dim_is_counted_trained_and_checked() -> None:
@@ -127,7 +128,7 @@ def test_rope_dim_is_counted_trained_and_checked() -> None:
     assert model.n_params() - plain.n_params() == 2 * extra
     assert model.flops_per_token() - plain.flops_per_token() == 2 * (2 * extra + 24 * 4 * 6)
     assert model.transformer.h[1].attn.qr.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert "\nqr             32      24   dense" in repr(model)
+    assert "\nqr             32      24   dense" in table(model)
     model(tokens(2, 24), tokens(2, 24)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     for options, message in [
@@ -137,60 +138,3 @@ def test_rope_dim_is_counted_trained_and_checked() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             GPTConfig(**SMALL, **options)
-
-
-# --- Weights merged ahead -----------------------------------------------------------------------------------------
-
-STRUCTURES = [LowDim(q=8, k=6, v=5, o=7), LowDim(q="blockshuffle:4", k="blockdense:8:2", v="blockshuffle:2", up=6,
-                                                 gate="blockdense:12:4", down="blockshuffle:4")]  # fmt: skip
-
-
-@pytest.mark.parametrize("few", [0, 4, 1024])
-@pytest.mark.parametrize("lowdim", STRUCTURES, ids=str)
-@pytest.mark.parametrize("options", [dict(pos="none"), dict(pos="rope", bias=True, n_kv_head=2)], ids=str)
-@torch.inference_mode()
-def test_a_merged_model_decodes_as_its_factors_do(
-    options: dict, lowdim: LowDim, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the dense matrices never, for calls of up to 4 tokens, and always; the cache and the counts are the same."""
-    model, idx = randomised(**options, lowdim=lowdim), tokens(3, 24)
-    full, counts = model(idx), (model.n_params(), model.flops_per_token())
-    cached = {name: held.shape for name, held in decode.new_cache(model, 3).held.items()}
-    monkeypatch.setattr(decode, "few_tokens", lambda layers: few)
-    lines = decode.premerge(model)
-    merged = [m for m in model.modules() if isinstance(m, decode.Merged)]
-    kept = {name for name in "kv" if cached[name][2] == 1}  # their latents are cached: B has to stay apart
-    names = {name for name in ("q", "k", "v", "o", "gate", "up", "down") if getattr(lowdim, name)} - kept
-    assert len(merged) == (2 * len(names) if few else 0)
-    assert all(m.few == few for m in merged)
-    extra = 4 * sum(m.weight.numel() for m in merged)
-    assert lines[-1].startswith(f"premerge: {extra / 1e6:.1f} MB of merged weights")
-    assert counts == (model.n_params(), model.flops_per_token())
-    assert cached == {name: held.shape for name, held in decode.new_cache(model, 3).held.items()}
-    close(model(idx), full)
-    for pieces in ([1] * 24, [7, 1, 1, 5, 10]):
-        cache = decode.new_cache(model, 3)
-        steps = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
-        close(torch.cat(steps, dim=1), full)
-
-
-@torch.inference_mode()
-def test_a_merged_layer_takes_the_matrix_for_few_tokens_alone() -> None:
-    layer = decode.Merged(randomised(lowdim=STRUCTURES[1]).transformer.h[0].mlp.down)
-    layer.few = 6
-    layer.weight.zero_()  # so that what comes out says which was taken
-    x = torch.ones(3, 2, layer.weight.size(1))
-    assert layer(x).abs().sum() == 0
-    assert torch.equal(layer(x[:, :1]), layer.layer(x[:, :1]) * 0)
-    x = torch.ones(7, 1, layer.weight.size(1))
-    assert torch.equal(layer(x), layer.layer(x))
-
-
-@torch.inference_mode()
-def test_the_number_of_tokens_that_are_few_is_where_the_factors_become_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of our own: the matrix takes 10 seconds and 1 a token, the factors `first` and half a second."""
-    layers = [decode.Merged(m) for m in randomised(lowdim=LowDim(up=6)).modules() if hasattr(m, "materialise")]
-    for first, wanted in ((10, 0), (12, 2), (20, 16), (1e9, decode.MOST_TOKENS)):
-        seconds = lambda layers, x, few: 10 + len(x) if few else first + len(x) / 2  # noqa: B023, E731
-        monkeypatch.setattr(decode, "seconds_of", seconds)
-        assert decode.few_tokens(layers) == wanted

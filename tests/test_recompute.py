@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import load_config
 from lpa import planning
-from lpa.loss import FUSED_ATTENTION, GatedProduct, HeadLoss
+from lpa.loss import chunked_cross_entropy
+from lpa.recompute import FUSED_ATTENTION, apply_recompute
 from model import GPT, GPTConfig, LowDim
 
 # Every width differs from every other, so that a product's shape tells which one it is.
@@ -39,8 +40,7 @@ VARIANTS = {
 def model_with(recompute: str, **options: Any) -> GPT:
     model = GPT(GPTConfig(**(SMALL | options)))
     randomise(model)
-    for block in model.transformer.h:
-        block.recompute = recompute
+    apply_recompute(model, recompute)
     return model
 
 
@@ -67,14 +67,14 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # --- The same gradients ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", ["latents", "block"])
+@pytest.mark.parametrize("recompute", ["elementwise", "latents", "block"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_of_none(variant: str, recompute: str) -> None:
     expected = gradients(model_with("none", **VARIANTS[variant]))
     assert_close(gradients(model_with(recompute, **VARIANTS[variant])), expected)
 
 
-@pytest.mark.parametrize("recompute", ["latents", "block"])
+@pytest.mark.parametrize("recompute", ["elementwise", "latents", "block"])
 def test_gradients_under_autocast_are_those_of_none(recompute: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = (gradients(model_with(r, **VARIANTS["setting 2"])) for r in ("none", recompute))
@@ -82,13 +82,14 @@ def test_gradients_under_autocast_are_those_of_none(recompute: str) -> None:
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("recompute", ["latents", "block"])
-def test_the_whole_model_compiles_without_a_graph_break(recompute: str) -> None:
-    """The loss too. With the partitioner that decides what a compiled backward rebuilds, but no C++ compiler."""
+@pytest.mark.parametrize("recompute", ["elementwise", "latents", "block"])
+def test_a_block_compiles_without_a_graph_break(recompute: str) -> None:
+    """With the partitioner that decides what a compiled backward computes again, but no C++ compiler."""
     options = dict(lowdim=RANKS, n_layer=1)
     model = model_with(recompute, **options)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
-    assert_close(gradients(model, compiled), gradients(model_with("none", **options)))
+    for block in model.transformer.h:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    assert_close(gradients(model), gradients(model_with("none", **options)))
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("recompute", ["latents", "block"])
+@pytest.mark.parametrize("recompute", ["elementwise", "latents", "block"])
 def test_ddp_sees_every_gradient_once(recompute: str) -> None:
     model = model_with(recompute, **VARIANTS["setting 1"])
     expected = gradients(model_with("none", **VARIANTS["setting 1"]))
@@ -108,7 +109,7 @@ def test_ddp_sees_every_gradient_once(recompute: str) -> None:
 
 def test_training_losses_do_not_depend_on_it(corpus: Path, tmp_path: Path) -> None:
     losses = {}
-    for recompute in ("none", "latents", "block"):
+    for recompute in ("none", "elementwise", "latents", "block"):
         out = tmp_path / recompute
         options = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--lowdim.q=8", "--lowdim.o=8"]
         options += ["--batch_size=4", "--tokens_per_step=256", "--dropout=0.1", "--max_steps=2", "--log_interval=1"]
@@ -116,8 +117,8 @@ def test_training_losses_do_not_depend_on_it(corpus: Path, tmp_path: Path) -> No
         run_here(["train.py", *options, f"--dataset={corpus}", f"--out_dir={out}", f"--recompute={recompute}"])
         losses[recompute] = [line.get("loss", line.get("val_loss")) for line in read_log(out)]
     assert len(losses["none"]) == 3
-    assert losses["latents"] == pytest.approx(losses["none"], rel=1e-6)
-    assert losses["block"] == pytest.approx(losses["none"], rel=1e-6)
+    for recompute in ("elementwise", "latents", "block"):
+        assert losses[recompute] == pytest.approx(losses["none"], rel=1e-6)
 
 
 # --- What runs again ---------------------------------------------------------------------------------------------
@@ -151,6 +152,11 @@ def run_again(recompute: str, **options: Any) -> Counter:
     return done[0] - done[1]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_elementwise_runs_no_product_again(variant: str) -> None:
+    assert not run_again("elementwise", **VARIANTS[variant])
+
+
 @pytest.mark.parametrize("variant", ["setting 1", "setting 2"])
 def test_latents_runs_no_attention_and_no_wide_product_again(variant: str) -> None:
     n, layers = 3 * 16, SMALL["n_layer"]
@@ -172,8 +178,8 @@ def test_latents_runs_no_attention_and_no_wide_product_again_in_other_models(var
 
 def test_evaluation_keeps_and_rebuilds_nothing() -> None:
     with torch.no_grad():
-        losses = [model_with(recompute)(*tokens()) for recompute in ("none", "latents", "block")]
-    assert losses[0] == losses[1] == losses[2]
+        losses = [model_with(recompute)(*tokens()).item() for recompute in ("none", "elementwise", "latents", "block")]
+    assert len(set(losses)) == 1
 
 
 # --- What is kept ------------------------------------------------------------------------------------------------
@@ -195,7 +201,7 @@ def test_activations_of_the_papers_370m_model() -> None:
 @pytest.mark.parametrize("chunk", [7, 48, 1024])
 @pytest.mark.parametrize("options", [dict(head_bias=True), dict(tie_embeddings=True)])
 def test_chunked_loss_equals_plain_cross_entropy(options: dict, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memory.LOSS_CHUNK", chunk)
+    monkeypatch.setattr("lpa.loss.CHUNK", chunk)
     model, (x, y) = model_with("none", lowdim=RANKS, **options), tokens()
     found = gradients(model, lambda x, y: 3 * model(x, y))
     reference = model_with("none", lowdim=RANKS, **options).double()
@@ -214,11 +220,16 @@ def test_loss_in_half_precision_is_float32_and_as_exact_as_the_plain_one(dtype: 
     errors = []
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
     F.cross_entropy(F.linear(*exact), y).mul(65536).backward()
-    for loss in (HeadLoss.apply(x, w, None, y, True) / len(x), F.cross_entropy(F.linear(x, w).float(), y)):
-        x.grad = w.grad = None
+    head = torch.nn.Linear(64, 512, bias=False)
+    head.weight = torch.nn.Parameter(w.detach())
+    for loss, weight in (
+        (chunked_cross_entropy(head, x, y), head.weight),
+        (F.cross_entropy(F.linear(x, w).float(), y), w),
+    ):
+        x.grad = None
         loss.mul(65536).backward()
         assert loss.dtype == torch.float32
-        errors.append([((t.grad - e.grad).norm() / e.grad.norm()).item() for t, e in zip((x, w), exact)])
+        errors.append([((t.grad - e.grad).norm() / e.grad.norm()).item() for t, e in zip((x, weight), exact)])
     for ours, plain in zip(*errors):
         assert ours <= 1.1 * plain + 1e-4
 
@@ -230,13 +241,3 @@ def test_the_loss_goes_backward_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_the_gated_product_has_the_gradients_of_its_formula() -> None:
-    """In float64 against finite differences, and what it keeps: its three inputs and nothing of their shape besides."""
-    shapes = ((3, 8), (3, 8), (6, 8))
-    gate, up, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    y = GatedProduct.apply(gate, up, weight)
-    torch.testing.assert_close(y, (gate * gate.sigmoid() * up) @ weight.T)
-    assert torch.autograd.gradcheck(GatedProduct.apply, (gate, up, weight))
-    assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == {t.data_ptr() for t in (gate, up, weight)}
