@@ -23,14 +23,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, read_log, run, run_apart, run_here, run_ranks
-from lpa.guard import Guard
 
 import data
 import train
 from config import TrainConfig, UserError, load_config
 from data.tokenizers import ByteTokenizer
 from lpa import checkpoint, hardware, optim
-from lpa.distributed import Watch, World
+from lpa.nonfinite import NonFiniteCheck
+from lpa.distributed import DistInfo, StopSignal
 from model import GPT, GPTConfig, LowDim
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", *(f"--lowdim.{x}=8" for x in "qkvo")]
@@ -72,7 +72,7 @@ def test_twenty_steps_equal_ten_and_a_resume_and_ten_bit_for_bit(corpus: Path, t
     options = [*STOCHASTIC, "--max_steps=20"]
     run_apart(arguments(corpus, whole, *options), output)
     run_apart(arguments(corpus, parts, *options, "--stop_step=10"), output)
-    assert "going on from" in run_apart(arguments(corpus, parts, *options, "--resume"), output)
+    assert "continuing from" in run_apart(arguments(corpus, parts, *options, "--resume"), output)
     assert losses(parts) == losses(whole)
     assert len(losses(whole)) == 20
     assert same(tensors(parts, 20), tensors(whole, 20))
@@ -115,26 +115,26 @@ def test_a_broken_checkpoint_is_named_and_passed_over(
     out = tmp_path / "run"
     run_here(arguments(corpus, out, "--max_steps=4", "--save_interval=2"))
     whole = tensors(out, 4)
-    file = out / "ckpt" / "step_4" / "model.pt"
+    file = out / "ckpt" / "step_4" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"step_4/model\.pt is \d+ bytes, wanted \d+: this checkpoint is cut"):
+    with pytest.raises(UserError, match=r"step_4/__0_0\.distcp is \d+ bytes, wanted \d+: this checkpoint is cut"):
         checkpoint.load_model(out / "ckpt" / "step_4", CPU)
     capsys.readouterr()
     run_here(arguments(corpus, out, "--max_steps=4", "--resume=auto"))
     printed = capsys.readouterr().out
-    assert "step_4/model.pt is" in printed
-    assert "going on from" in printed
+    assert "step_4/__0_0.distcp is" in printed
+    assert "continuing from" in printed
     assert same(tensors(out, 4), whole)
 
     for folder in (out / "ckpt").glob("step_*"):  # one flipped bit in each
-        contents = bytearray((folder / "model.pt").read_bytes())
+        contents = bytearray((folder / "__0_0.distcp").read_bytes())
         contents[len(contents) // 2] ^= 1
-        (folder / "model.pt").write_bytes(contents)
+        (folder / "__0_0.distcp").write_bytes(contents)
     with pytest.raises(UserError, match="its sha256 differs"):
         run_here(arguments(corpus, out, "--max_steps=4", "--resume=auto"))
 
 
-@pytest.mark.parametrize("place", ["torch.save", "json.dumps", "checkpoint.sync", "os.rename", "checkpoint.point"])
+@pytest.mark.parametrize("place", ["torch.save", "json.dumps", "lpa.checkpoint.sync", "os.rename", "lpa.checkpoint.point"])
 def test_a_crash_while_saving_leaves_a_whole_checkpoint(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,16 +147,16 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(
         raise Crash
 
     def save(step: int) -> None:
-        parts = dict(model=dict(x=torch.full((9,), step)))
+        parts = {"model.x": torch.full((9,), step)}
         checkpoint.save(tmp_path, parts, dict(step=step, options={}), ByteTokenizer())
 
     save(1)
-    with monkeypatch.context() as patch, pytest.raises(Crash):
+    with monkeypatch.context() as patch, pytest.raises((Crash, UserError)):  # DCP makes errors of its own of some
         patch.setattr(place, crash)
         save(2)
     folder, _, complaints = checkpoint.newest(tmp_path)
     assert complaints == []
-    step = 2 if place == "checkpoint.point" else 1  # there the new one is whole, though `last` does not name it yet
+    step = 2 if place == "lpa.checkpoint.point" else 1  # there the new one is whole, though `last` does not name it yet
     assert torch.equal(checkpoint.load_tensors(folder, "model")["x"], torch.full((9,), step))
     save(3)
     assert (tmp_path / "ckpt" / "last").read_text() == "step_3\n"
@@ -165,13 +165,13 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(
 
 def test_a_checkpoint_newer_than_the_one_just_saved_was_broken_and_costs_it_nothing(tmp_path: Path) -> None:
     def save(step: int) -> None:
-        parts = dict(model=dict(x=torch.full((9,), step)))
+        parts = {"model.x": torch.full((9,), step)}
         checkpoint.save(tmp_path, parts, dict(step=step, options={}), ByteTokenizer())
 
     for step in (10, 20, 30):
         save(step)
     for step in (20, 30):
-        (tmp_path / "ckpt" / f"step_{step}" / "model.pt").write_bytes(b"cut")
+        (tmp_path / "ckpt" / f"step_{step}" / "__0_0.distcp").write_bytes(b"cut")
     save(15)
     assert checkpoint.newest(tmp_path)[0].name == "step_15"
     for step in (40, 50, 60):
@@ -257,9 +257,9 @@ def test_a_resume_in_float16_goes_on_with_the_loss_scale(corpus: Path, tmp_path:
 
 def test_a_resume_holds_no_second_copy_of_what_it_read(pieces: tuple, tmp_path: Path) -> None:
     """After restoring there are the weights and moments, as before saving; what came from the file is gone."""
-    c, model, optimizers, scaler, guard, batches, world = pieces
-    train.train_step(model, batches, 1, optimizers, scaler, guard, c, world)
-    parts = dict(model=model.state_dict(), optimizer=checkpoint.optimizer_tensors(model, optimizers))
+    c, model, optimizers, scaler, check, batches, info = pieces
+    train.train_step(model, batches, 1, optimizers, scaler, check, c, info)
+    parts = checkpoint.live_tensors(model, optimizers)
     checkpoint.save(tmp_path, parts, dict(step=1, options={}), ByteTokenizer())
 
     def held() -> int:
@@ -268,12 +268,12 @@ def test_a_resume_holds_no_second_copy_of_what_it_read(pieces: tuple, tmp_path: 
         tensors = [x for x in gc.get_objects() if type(x) in plain and x.device == CPU]
         return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
-    read = sum(tensor.numel() * tensor.element_size() for part in parts.values() for tensor in part.values())
+    read = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
     again = GPT(c.gpt, seed=None)
     restored = optim.make_optimizers(again, c)
     before = held()
     checkpoint.restore(checkpoint.newest(tmp_path)[0], again, restored)
-    moments = sum(t.numel() * t.element_size() for t in parts["optimizer"].values())
+    moments = sum(t.numel() * t.element_size() for name, t in parts.items() if name.startswith("optimizer."))
     assert held() - before < moments + 0.2 * read
 
 
@@ -324,7 +324,7 @@ def test_a_step_is_shared_by_any_number_of_ranks(
     batch_size: int, tokens: int | None, ranks: int, expected: tuple[int, int]
 ) -> None:
     c = TrainConfig(gpt=GPTConfig(vocab_size=64, **small()), batch_size=batch_size, tokens_per_step=tokens)
-    shared, micro_steps = train.share_step(c, World(0, ranks, CPU))
+    shared, micro_steps = train.share_step(c, DistInfo(0, ranks, CPU))
     assert (shared.batch_size, micro_steps) == expected
 
 
@@ -332,7 +332,11 @@ def test_a_step_is_shared_by_any_number_of_ranks(
 def test_a_step_that_cannot_be_shared_is_an_error(tokens: int, ranks: int) -> None:
     c = TrainConfig(gpt=GPTConfig(vocab_size=64, **small()), batch_size=4, tokens_per_step=tokens)
     with pytest.raises(UserError, match=f"tokens_per_step is {tokens}, wanted a multiple of"):
-        train.share_step(c, World(0, ranks, CPU))
+        train.share_step(c, DistInfo(0, ranks, CPU))
+
+
+def read_from(corpus: data.Corpus) -> Callable:
+    return lambda windows: data.eval_batch(corpus, 32, windows)
 
 
 def small() -> dict:
@@ -362,7 +366,7 @@ def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled(corpus: Path) -> 
     model, val = GPT(c.gpt), data.open_corpus(str(corpus), "val")
     for block in model.transformer.h:
         block.compile(backend=backend)
-    losses = [train.evaluate(model, val, data.eval_windows(val, 32)[:n], c, World(0, 1, CPU)) for n in (8, 10)]
+    losses = [train.evaluate(model, read_from(val), data.eval_windows(val, 32)[:n], c, DistInfo(0, 1, CPU)) for n in (8, 10)]
     assert all(map(math.isfinite, losses))
     seen = {shape[0] for found in shapes for shape in found if shape[1:] == (32, 32)}
     assert seen == {4}
@@ -380,12 +384,12 @@ def pieces(request: pytest.FixtureRequest) -> tuple:
     optimizers = optim.make_optimizers(model, c)
     scaler = torch.amp.GradScaler("cpu", enabled="scaled" in request.param, init_scale=8.0)
     idx = torch.randint(64, (4, 33))
-    return c, model, optimizers, scaler, Guard(CPU), [(idx[:, :-1], idx[:, 1:])], World(0, 1, CPU)
+    return c, model, optimizers, scaler, NonFiniteCheck(CPU), [(idx[:, :-1], idx[:, 1:])], DistInfo(0, 1, CPU)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(pieces: tuple) -> None:
-    c, model, optimizers, scaler, guard, batches, world = pieces
-    train.train_step(model, batches, 1, optimizers, scaler, guard, c, world)
+    c, model, optimizers, scaler, check, batches, info = pieces
+    train.train_step(model, batches, 1, optimizers, scaler, check, c, info)
 
     def everything() -> dict[str, torch.Tensor]:
         found = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -397,18 +401,18 @@ def test_a_step_that_is_not_finite_changes_nothing(pieces: tuple) -> None:
     before, weight = everything(), model.transformer.h[0].mlp.up.weight
     for poison in (math.nan, math.inf):
         hook = weight.register_hook(lambda g, poison=poison: torch.full_like(g, poison))
-        train.train_step(model, batches, 1, optimizers, scaler, guard, c, world)
+        train.train_step(model, batches, 1, optimizers, scaler, check, c, info)
         hook.remove()
         assert same(everything(), before)
-    assert guard.skipped == 2
-    train.train_step(model, batches, 1, optimizers, scaler, guard, c, world)
+    assert check.skipped == 2
+    train.train_step(model, batches, 1, optimizers, scaler, check, c, info)
     assert not same(everything(), before)
-    assert (guard.skipped, guard.in_a_row, guard.longest) == (2, 0, 2)
-    guard.stop_if_lost(4)
+    assert (check.skipped, check.in_a_row, check.longest) == (2, 0, 2)
+    check.stop_if_lost(4)
     for _ in range(10):
-        guard.judge(torch.tensor(math.nan), torch.tensor(1.0))
+        check.verdict(torch.tensor(math.nan), torch.tensor(1.0), 1.0)
     with pytest.raises(UserError, match="10 steps in a row"):
-        guard.stop_if_lost(14)
+        check.stop_if_lost(14)
 
 
 def test_clipped_steps_are_counted_also_over_a_resume(corpus: Path, tmp_path: Path) -> None:
@@ -424,9 +428,9 @@ def test_clipped_steps_are_counted_also_over_a_resume(corpus: Path, tmp_path: Pa
     run_here(arguments(corpus, tmp_path / "run", *options, "--resume"))
     counted = [line["clipped"] for line in read_log(tmp_path / "run") if "loss" in line]
     assert counted == [sum(norm > clip for norm in norms[: n + 1]) for n in range(6)]
-    guard = Guard(CPU)
-    guard.judge(torch.tensor(1.0), torch.tensor(math.inf))
-    assert guard.counts() == dict(skipped=1, clipped=0)
+    check = NonFiniteCheck(CPU)
+    check.verdict(torch.tensor(1.0), torch.tensor(math.inf), 1.0)
+    assert check.counts() == dict(skipped=1, clipped=0)
 
 
 def test_a_run_that_diverges_stops_and_says_so(corpus: Path, tmp_path: Path) -> None:
@@ -438,7 +442,7 @@ def test_a_run_that_diverges_stops_and_says_so(corpus: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("pieces", ["adamw"], indirect=True)
 def test_clipping_and_accumulation_equal_a_plain_step(pieces: tuple) -> None:
     """Two micro-batches, clipped, against one batch through torch's own AdamW with a plain loop over tokens."""
-    c, model, optimizers, scaler, guard, [(x, y)], world = pieces
+    c, model, optimizers, scaler, check, [(x, y)], info = pieces
     c = dataclasses.replace(c, grad_clip=0.1, weight_decay=0.0)
     reference = GPT(c.gpt)
     plain = torch.optim.AdamW(reference.parameters(), lr=c.learning_rate, betas=(0.9, 0.95), eps=c.eps, weight_decay=0)
@@ -449,7 +453,7 @@ def test_clipping_and_accumulation_equal_a_plain_step(pieces: tuple) -> None:
     plain.step()
     for group in optimizers[0].param_groups:
         group["weight_decay"] = 0.0
-    measured = train.train_step(model, [(x[:2], y[:2]), (x[2:], y[2:])], 2, optimizers, scaler, guard, c, world)
+    measured = train.train_step(model, [(x[:2], y[:2]), (x[2:], y[2:])], 2, optimizers, scaler, check, c, info)
     assert measured[0].item() == pytest.approx(loss.item(), rel=1e-6)
     assert measured[1].item() == pytest.approx(norm.item(), rel=1e-5)
     for (name, a), b in zip(model.named_parameters(), reference.parameters()):
@@ -512,7 +516,7 @@ def test_a_muon_step_is_that_of_each_matrix_alone() -> None:
 
 
 def test_learning_rate_schedules() -> None:
-    cosine = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=14)
+    cosine = TrainConfig(GPTConfig(), learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=14)
     assert [optim.learning_rate(s, cosine) for s in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
     assert optim.learning_rate(9, cosine) == pytest.approx(0.6)
     assert optim.learning_rate(14, cosine) == pytest.approx(0.2)
@@ -524,7 +528,7 @@ def test_learning_rate_schedules() -> None:
 
 def test_a_warm_up_as_long_as_the_run_or_longer_has_rates_all_the_same() -> None:
     for warmup_steps, schedule in itertools.product((1, 8, 20), ("cosine", "wsd")):
-        c = TrainConfig(learning_rate=1.0, warmup_steps=warmup_steps, max_steps=8, schedule=schedule)
+        c = TrainConfig(GPTConfig(), learning_rate=1.0, warmup_steps=warmup_steps, max_steps=8, schedule=schedule)
         rates = [optim.learning_rate(step, c) for step in range(8)]
         assert all(0 < rate <= 1 for rate in rates)
         assert rates[0] == 1 / warmup_steps
@@ -544,7 +548,7 @@ def test_a_warm_up_as_long_as_the_run_or_longer_has_rates_all_the_same() -> None
     ],
 )
 def test_a_warm_up_that_outlasts_the_start_of_the_decay_has_a_warning(options: dict, warning: str | None) -> None:
-    told = optim.late_warm_up(TrainConfig(learning_rate=1.0, max_steps=8, **options))
+    told = optim.late_warm_up(TrainConfig(GPTConfig(), learning_rate=1.0, max_steps=8, **options))
     assert told is None if warning is None else warning in told
 
 
@@ -568,10 +572,10 @@ def test_evaluation_is_the_mean_over_the_split_whatever_the_batch(corpus: Path) 
     expected = F.cross_entropy(logits, text[1:]).item()
     for batch_size in (3, 7):
         options = dataclasses.replace(c, batch_size=batch_size)
-        measured = train.evaluate(model, val, windows, options, World(0, 1, CPU))
+        measured = train.evaluate(model, read_from(val), windows, options, DistInfo(0, 1, CPU))
         assert measured == pytest.approx(expected, rel=1e-6)
-    watch = Watch(World(0, 1, CPU), max_hours=1e-9)
-    assert math.isnan(train.evaluate(model, val, windows, c, World(0, 1, CPU), watch))
+    watch = StopSignal(DistInfo(0, 1, CPU), max_hours=1e-9)
+    assert math.isnan(train.evaluate(model, read_from(val), windows, c, DistInfo(0, 1, CPU), watch))
 
 
 def test_every_rank_evaluates_its_share_of_the_windows(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,10 +585,10 @@ def test_every_rank_evaluates_its_share_of_the_windows(corpus: Path, monkeypatch
     windows, read = data.eval_windows(val, 32)[:10], []
     eval_batch = data.eval_batch
     monkeypatch.setattr(data, "eval_batch", lambda *place: read.extend(place[2].tolist()) or eval_batch(*place))
-    monkeypatch.setattr(World, "mean", lambda world, value: value / world.size)  # of this rank alone
+    monkeypatch.setattr(DistInfo, "mean", lambda info, value: value / info.world_size)  # of this rank alone
     counts = []
     for rank in range(3):
-        train.evaluate(model, val, windows, c, World(rank, 3, CPU))
+        train.evaluate(model, read_from(val), windows, c, DistInfo(rank, 3, CPU))
         counts.append(len(read) - sum(counts))
     assert sorted(counts) == [3, 3, 4]
     assert sorted(read) == windows.tolist()
@@ -719,7 +723,7 @@ def test_a_wandb_that_does_not_start_is_one_line(
 
 
 def test_importing_train_does_nothing() -> None:
-    assert run("-c", "import train, bench, sample, optim, checkpoint, decode, hardware").stdout == ""
+    assert run("-c", "import train, bench, sample, eval, export, lpa.optim, lpa.checkpoint, lpa.decode, lpa.hardware").stdout == ""
 
 
 def test_presets_load_and_their_twins_are_dense() -> None:
