@@ -30,17 +30,8 @@ from torch import Tensor, nn
 import data
 from config import TrainConfig, UserError, as_command, load_config, user_errors
 from data.tokenizers import Tokenizer, load_tokenizer
-from lpa import checkpoint, decode, hardware, init_from, optim, run_folder
-from lpa.distributed import (
-    LOST,
-    DistInfo,
-    StopSignal,
-    full_tensor,
-    gradient_sync,
-    hang_report,
-    init_distributed,
-    parallelize,
-)
+from lpa import checkpoint, decode, distributed, hardware, init_from, optim, run_folder
+from lpa.distributed import DistInfo, StopSignal, full_tensor, gradient_sync, hang_report, init_distributed, parallelize
 from lpa.log import Log
 from lpa.nonfinite import NonFiniteCheck
 from model import GPT
@@ -149,12 +140,12 @@ def pretrain(c: TrainConfig, info: DistInfo) -> None:
             saved_step = save()
 
     # --- End: save what a signal interrupted, and wait for the disk ------------------------------------------------
-    if reason and reason not in LOST and saved_step != step:
+    if reason and reason not in distributed.LOST and saved_step != step:
         if step > first_step and step != log.clock_step:
             log.step(step, state["tokens"], loss.item(), norm.item(), rate, check.counts())
         saved_step = save()
     info.run_on_rank_0(saver.close)  # raises UserError where a save failed
-    if reason in LOST:
+    if reason in distributed.LOST:
         raise UserError(f"{reason}: stopped at step {step} without saving; --resume continues from step {saved_step}")
     if reason:
         info.run_on_rank_0(lambda: run_folder.note_stop(run, reason, step))

@@ -169,11 +169,16 @@ def as_arguments(settings: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def as_command(c: TrainConfig) -> str:
-    """The options that differ from the defaults, as a command line has them: what load_config makes c of."""
+    """Return the options that differ from the defaults, as a command line from which load_config makes c."""
 
     def flat(c: TrainConfig) -> list[str]:
         options = dataclasses.asdict(c)
-        return as_arguments(options.pop("gpt") | options)
+        derived = dataclasses.replace(c.gpt, attn_dim=None, n_kv_head=None, ffn_dim=None)
+        gpt = options.pop("gpt")
+        for name in ("attn_dim", "n_kv_head", "ffn_dim"):  # left out where they follow from the others
+            if gpt[name] == getattr(derived, name):
+                del gpt[name]
+        return as_arguments(gpt | options)
 
     defaults = flat(TrainConfig(GPTConfig()))
     return shlex.join(argument for argument in flat(c) if argument not in defaults)

@@ -122,7 +122,7 @@ def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.5, n: int |
     n = n or (8192 if device.type == "cuda" else 1024)
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[dtype])
     with torch.no_grad():
-        return 2 * n**3 / fastest(lambda: a @ b, device, seconds)
+        return 2 * n**3 / fastest(lambda: torch.mm(a, b), device, seconds)
 
 
 def copy_rate(device: torch.device, seconds: float = 0.5) -> float:

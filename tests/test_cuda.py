@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_log, run, run_here
-from lpa.guard import Guard
-from test_train import losses, same, tensors
+from conftest import read_log, run_here
 from torch.profiler import ProfilerActivity, profile
 
 from config import TrainConfig
 from lpa import decode, hardware, optim, planning
-from lpa.distributed import Watch, World
+from lpa.distributed import DistInfo, StopSignal
+from lpa.nonfinite import NonFiniteCheck
 from model import GPT, GPTConfig, LowDim
 from train import train_step
 
@@ -101,28 +100,18 @@ def test_training_learns_and_resumes(corpus: Path, tmp_path: Path, mode: str, op
     assert a[-1] < a[0] - 0.3
 
 
-def test_deterministic_gives_the_same_bits_twice(corpus: Path, tmp_path: Path) -> None:
-    """In processes of their own, for cuBLAS reads its setting when it starts."""
-    options = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--block_size=64", "--lowdim.k=16", "--lowdim.v=16"]
-    options += [f"--dataset={corpus}", "--dtype=bfloat16", "--dropout=0.1", "--max_steps=20", "--deterministic"]
-    for name in ("one", "two"):
-        run("train.py", *options, "--log_interval=1", "--eval_tokens=640", f"--out_dir={tmp_path / name}")
-    assert losses(tmp_path / "one") == losses(tmp_path / "two")
-    assert same(tensors(tmp_path / "one", 20), tensors(tmp_path / "two", 20))
-
-
-def test_the_guards_of_a_step_add_no_synchronisation() -> None:
-    """The judgement of loss and gradient, spikes among them, and the question whether to stop; against a plain loop."""
-    c = TrainConfig(gpt=GPTConfig(**SIZES), dtype="bfloat16", skip_spikes=6.0, compile="off")
-    world = World(0, 1, torch.device("cuda", torch.cuda.current_device()))
+def test_the_checks_of_a_step_add_no_synchronisation() -> None:
+    """The check of loss and gradient and the question whether to stop; against a plain loop."""
+    c = TrainConfig(gpt=GPTConfig(**SIZES), dtype="bfloat16", compile="off")
+    info = DistInfo(0, 1, torch.device("cuda", torch.cuda.current_device()))
     x, y = torch.randint(256, (2, 4, 64), generator=torch.Generator().manual_seed(1)).cuda()
     model = GPT(c.gpt).cuda()
     optimizers = optim.make_optimizers(model, c)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
-    guard, watch = Guard(world.device, c.skip_spikes), Watch(world, max_hours=1.0)
+    check, stop = NonFiniteCheck(info.device), StopSignal(info, max_hours=1.0)
 
     def plain() -> None:
-        with hardware.autocast(world.device, c.dtype):
+        with hardware.autocast(info.device, c.dtype):
             loss = model(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
@@ -131,20 +120,20 @@ def test_the_guards_of_a_step_add_no_synchronisation() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def guarded() -> None:
-        assert not watch.stop()
-        train_step(model, iter([(x, y)]), 1, optimizers, scaler, guard, c, world)
+    def checked() -> None:
+        assert not stop.reason()
+        train_step(model, iter([(x, y)]), 1, optimizers, scaler, check, c, info)
 
     try:
-        plain(), guarded()  # whatever comes with the first time
-        assert waits(guarded) == waits(plain)
-        assert waits(lambda: (guarded(), guard.skipped.item())) >= waits(plain) + 10  # so it does count them
+        plain(), checked()  # whatever comes with the first time
+        assert waits(checked) == waits(plain)
+        assert waits(lambda: (checked(), check.skipped.item())) >= waits(plain) + 10  # so it does count them
         torch.cuda.set_sync_debug_mode("error")
-        guarded()
+        checked()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        watch.close()
-    assert guard.skipped.item() == 0
+        stop.close()
+    assert check.skipped.item() == 0
 
 
 def waits(step: Callable[[], object]) -> int:

@@ -3,16 +3,11 @@
     .venv/bin/pytest tests/test_hardware.py        CPU, about 2 s
 """
 
-import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_here
-from test_train import arguments, losses, same, tensors
 
 from config import UserError
 from lpa import hardware
@@ -66,7 +61,7 @@ def test_the_matmul_rate_is_the_flops_of_a_product_over_the_fastest_of_its_times
         now += next(took)
         shapes.append((*a.shape, *b.shape))
 
-    monkeypatch.setattr(hardware, "linear", product)
+    monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: now))
     assert hardware.matmul_rate(CPU, "float32", seconds=2.5, n=64) == 2 * 64**3 / 0.5
     assert shapes == [(64, 64, 64, 64)] * 5
@@ -112,38 +107,3 @@ def test_compile_is_off_with_one_warning_where_it_cannot_work(
     assert hardware.choose_compile("block", device) == expected
     assert hardware.choose_compile("off", device) == "off"
     assert capsys.readouterr().err == ""
-
-
-@pytest.fixture
-def undecided(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As a process begins, and as the other tests want it."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def test_deterministic_sets_what_torch_and_cublas_read(undecided: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    hardware.prepare(CPU)
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    hardware.prepare(CPU, deterministic=True)
-    assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.is_deterministic_algorithms_warn_only_enabled()  # what has no such form is an error
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    hardware.prepare(CPU, deterministic=True)
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's own choice stands
-
-
-def test_deterministic_gives_on_a_cpu_the_bits_of_a_run_without(
-    undecided: None, corpus: Path, tmp_path: Path
-) -> None:
-    """There nothing is left to chance, and under the flag torch fills with nan what was not yet written."""
-    options = ["--dropout=0.1", "--optimizer=muon", "--skip_spikes=6", "--max_steps=4"]
-    for name, more in (("plain", []), ("one", ["--deterministic"]), ("two", ["--deterministic"])):
-        run_here(arguments(corpus, tmp_path / name, *options, *more))
-        assert torch.are_deterministic_algorithms_enabled() == bool(more)
-    for name in ("one", "two"):
-        assert losses(tmp_path / name) == losses(tmp_path / "plain")
-        assert same(tensors(tmp_path / name, 4), tensors(tmp_path / "plain", 4))

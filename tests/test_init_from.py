@@ -107,7 +107,7 @@ def test_the_loss_before_healing_is_that_of_the_truncated_model(corpus: Path, de
     assert last["val_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
     trained(corpus, out, *LPA, f"--init_from={dense}", "--max_steps=4", "--learning_rate=1e-9", "--resume")
     steps = [line["step"] for line in read_log(out)]
-    assert steps == [0, 0, 1, 2, 2, 3, 4, 4]  # going on from step 2, not from the dense run again
+    assert steps == [0, 0, 1, 2, 2, 3, 4, 4]  # continuing from step 2, not from the dense run again
 
 
 def test_a_lower_rank_and_the_way_back(corpus: Path, dense: Path, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_an_interrupted_run_goes_on(corpus: Path, tmp_path: Path) -> None:
     assert not lpa_runs.finished(run)
     lpa_runs.train_all(o, [run], math.inf)
     assert lpa_runs.finished(run)
-    assert f"going on from {run.folder}/ckpt/step_{stopped_at}" in run.folder.with_suffix(".out").read_text()
+    assert f"continuing from {run.folder}/ckpt/step_{stopped_at}" in run.folder.with_suffix(".out").read_text()
 
 
 def test_a_second_interrupt_leaves_no_job() -> None:

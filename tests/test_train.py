@@ -29,8 +29,8 @@ import train
 from config import TrainConfig, UserError, load_config
 from data.tokenizers import ByteTokenizer
 from lpa import checkpoint, hardware, optim
-from lpa.nonfinite import NonFiniteCheck
 from lpa.distributed import DistInfo, StopSignal
+from lpa.nonfinite import NonFiniteCheck
 from model import GPT, GPTConfig, LowDim
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", *(f"--lowdim.{x}=8" for x in "qkvo")]
@@ -134,7 +134,9 @@ def test_a_broken_checkpoint_is_named_and_passed_over(
         run_here(arguments(corpus, out, "--max_steps=4", "--resume=auto"))
 
 
-@pytest.mark.parametrize("place", ["torch.save", "json.dumps", "lpa.checkpoint.sync", "os.rename", "lpa.checkpoint.point"])
+@pytest.mark.parametrize(
+    "place", ["torch.save", "json.dumps", "lpa.checkpoint.sync", "os.rename", "lpa.checkpoint.point"]
+)
 def test_a_crash_while_saving_leaves_a_whole_checkpoint(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +368,8 @@ def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled(corpus: Path) -> 
     model, val = GPT(c.gpt), data.open_corpus(str(corpus), "val")
     for block in model.transformer.h:
         block.compile(backend=backend)
-    losses = [train.evaluate(model, read_from(val), data.eval_windows(val, 32)[:n], c, DistInfo(0, 1, CPU)) for n in (8, 10)]
+    windows, info = data.eval_windows(val, 32), DistInfo(0, 1, CPU)
+    losses = [train.evaluate(model, read_from(val), windows[:n], c, info) for n in (8, 10)]
     assert all(map(math.isfinite, losses))
     seen = {shape[0] for found in shapes for shape in found if shape[1:] == (32, 32)}
     assert seen == {4}
@@ -723,7 +726,7 @@ def test_a_wandb_that_does_not_start_is_one_line(
 
 
 def test_importing_train_does_nothing() -> None:
-    assert run("-c", "import train, bench, sample, eval, export, lpa.optim, lpa.checkpoint, lpa.decode, lpa.hardware").stdout == ""
+    assert run("-c", "import train, bench, sample, eval, export, lpa.hf, lpa.planning, lpa.init_from").stdout == ""
 
 
 def test_presets_load_and_their_twins_are_dense() -> None:

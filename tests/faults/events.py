@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 import data
 import train
@@ -29,7 +29,7 @@ def kill_at() -> None:
     several ranks only FAULT_RANK is killed; the others then wait less than usual for one that will not answer.
     """
     kind, at = os.environ.get("FAULT_KIND", ""), int(os.environ.get("FAULT_AT", 0))
-    distributed.ROLL_CALL_SECONDS = 0.5
+    distributed.REPORT_SECONDS = 0.5
     if os.environ.get("FAULT_RANK", "0") != os.environ.get("RANK", "0"):
         return
     counts: collections.Counter[str] = collections.Counter()
@@ -45,26 +45,20 @@ def kill_at() -> None:
                     os.truncate(file, file.stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    save, fsync, write_data = torch.save, os.fsync, dcp.FileSystemWriter.write_data
-
-    def noted_save(value: Any, file: Any) -> None:
-        if not isinstance(file, Path):  # a tensor of a shard
-            return save(value, file)
-        event("save")
-        save(value, file)
-        event("write", file)
+    fsync, write_data = os.fsync, dcp.FileSystemWriter.write_data
 
     def noted_write_data(self: Any, *arguments: Any) -> Any:
         event("save")
         written = write_data(self, *arguments)
-        event("write", next(self.path.glob(f"__{os.environ['RANK']}_*.distcp")))
+        event("write", next(self.path.glob(f"__{os.environ.get('RANK', '0')}_*.distcp")))
         return written
 
     def noted_fsync(descriptor: int) -> None:
         event("fsync")
         fsync(descriptor)
 
-    torch.save, os.fsync, dcp.FileSystemWriter.write_data = noted_save, noted_fsync, noted_write_data
+    os.fsync, dcp.FileSystemWriter.write_data = noted_fsync, noted_write_data
+
     def noted_call(name: str, arguments: tuple) -> None:
         if name in AUDITED:
             event(AUDITED[name])
@@ -79,10 +73,10 @@ def full_disk() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     original = checkpoint.save
 
-    def save(run: Path, parts: checkpoint.Parts, state: dict[str, Any], tokenizer: Any) -> None:
+    def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], tokenizer: Any) -> None:
         limit = 50_000 if 4 <= state["step"] < 8 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        original(run, parts, state, tokenizer)
+        original(run, tensors, state, tokenizer)
 
     checkpoint.save = save
 
@@ -151,10 +145,10 @@ def no_room_on_rank_1() -> None:
 
 def log_to_a_full_device() -> None:
     """What is logged after the first line meets a full disk."""
-    original = log.Log.tell_setting
+    original = log.Log.log_setting
 
-    def tell_setting(self: log.Log, *arguments: Any) -> None:
+    def log_setting(self: log.Log, *arguments: Any) -> None:
         original(self, *arguments)
         self.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
 
-    log.Log.tell_setting = tell_setting
+    log.Log.log_setting = log_setting

@@ -30,7 +30,7 @@ NUMBERS = (
     "n_layer", "n_head", "n_kv_head", "n_embd", "attn_dim", "ffn_dim", "rope_dim", "block_size", "vocab_size",
     "batch_size", "tokens_per_step", "max_steps", "stop_step", "warmup_steps", "seed", "learning_rate", "min_lr",
     "weight_decay", "beta1", "eps", "grad_clip", "dropout", "norm_eps", "window", "eval_interval", "eval_tokens",
-    "save_interval", "sample_interval", "max_hours", "skip_spikes", "lowdim", "n_layerr",
+    "save_interval", "sample_interval", "max_hours", "lowdim", "n_layerr",
 )  # fmt: skip
 OPTIONS = {
     **dict.fromkeys(NUMBERS, ()),
@@ -45,9 +45,7 @@ OPTIONS = {
     "shard": ("true",),
     "recompute": ("none", "latents", "block"),
     "factor_init": ("spectral", "matched", "torch"),
-    "self_guided": ("flops",),
-    "model": ("gpt", "recurrent"),
-    "dataset": ("nowhere", "copy", "selective_copy", "/", "."),
+    "dataset": ("nowhere", "/", "."),
     "resume": ("auto", "must"),
     "init_from": ("nowhere", "."),
 }

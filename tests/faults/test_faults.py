@@ -4,21 +4,16 @@
 """
 
 import json
-import math
 import os
-import random
 import re
 import shutil
 import signal
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import read_log, run, run_here, run_ranks, start
-from lpa.guard import Guard
 from test_train import arguments, losses, same, tensors
 
 from config import UserError
@@ -45,8 +40,8 @@ def finished_shards(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """model.pt and optimizer.pt, or the shards of each rank."""
-    return sorted([*folder.glob("*.pt"), *folder.glob("*.distcp")])
+    """The tensors of each rank that saved some."""
+    return sorted(folder.glob("*.distcp"))
 
 
 def cut(folder: Path) -> None:
@@ -88,8 +83,7 @@ def never_renamed(folder: Path) -> None:
     folder.rename(folder.with_suffix(".tmp"))
 
 
-DAMAGES = [cut, flip, empty, without_file, without_manifest, torn_manifest, never_renamed]
-OF_SHARDS = [*DAMAGES, without_index, cut_index]
+DAMAGES = [cut, flip, empty, without_file, without_index, cut_index, without_manifest, torn_manifest, never_renamed]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -104,7 +98,7 @@ def test_damage_is_named_and_passed_over(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", OF_SHARDS)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_of_shards_is_named_and_passed_over(
     damage: Callable, corpus: Path, tmp_path: Path, finished_shards: Path
 ) -> None:
@@ -117,15 +111,15 @@ def test_damage_of_shards_is_named_and_passed_over(
 
 def assert_passed_over(damage: Callable, printed: str, out: Path, whole: Path) -> None:
     """The run went on from step 4, said why, and ended with the bits of the undisturbed one."""
-    assert "going on from" in printed
-    assert "step_4" in printed.split("going on from")[1].splitlines()[0]
-    assert ("passed over" in printed) == (damage is not never_renamed)  # that is no checkpoint, but a leftover
+    assert "continuing from" in printed
+    assert "step_4" in printed.split("continuing from")[1].splitlines()[0]
+    assert ("skipped" in printed) == (damage is not never_renamed)  # that is no checkpoint, but a leftover
     assert losses(out) == losses(whole)
     assert same(tensors(out, 6), tensors(whole, 6))
     assert not list(out.glob("ckpt/*.tmp"))
 
 
-@pytest.mark.parametrize("damage", OF_SHARDS)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_of_shards_is_detected_and_what_is_damaged_named(
     damage: Callable, tmp_path: Path, finished_shards: Path
 ) -> None:
@@ -141,7 +135,7 @@ def test_damage_of_shards_is_detected_and_what_is_damaged_named(
     assert all(damaged.name in complaint and "step_6" in complaint for complaint in complaints)
 
 
-def test_a_full_disk_stops_the_run_or_not(corpus: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run(corpus: Path, tmp_path: Path) -> None:
     out, output = tmp_path / "run", tmp_path / "out.txt"
     options = ["--max_steps=10", "--save_interval=2"]
     process = start(arguments(corpus, out, *options), output, hook="events.full_disk")
@@ -151,14 +145,6 @@ def test_a_full_disk_stops_the_run_or_not(corpus: Path, tmp_path: Path) -> None:
     assert "earlier checkpoints are as they were" in output.read_text()
     assert checkpoint.newest(out)[0].name == "step_2"
     assert not list(out.glob("ckpt/*.tmp"))  # what was half written has made room again
-
-    process = start(arguments(corpus, out, *options, "--save_errors=go_on"), output, hook="events.full_disk")
-    process.join()
-    assert process.exitcode == 0, output.read_text()
-    assert "warning: could not save" in output.read_text()
-    assert [folder.name for folder in checkpoint.steps(out)] == ["step_10", "step_8"]
-    run_here(arguments(corpus, tmp_path / "roomy", *options))
-    assert losses(out) == losses(tmp_path / "roomy")
 
 
 def test_a_signal_ends_an_evaluation_which_a_resume_makes_up_for(corpus: Path, tmp_path: Path) -> None:
@@ -205,7 +191,7 @@ def test_all_ranks_stop_without_a_save_when_torchrun_is_gone(corpus: Path, tmp_p
     out = tmp_path / "run"
     options = ["--tokens_per_step=256", "--max_steps=100000", "--log_interval=1000", "--save_interval=3"]
     printed = run_ranks(2, arguments(corpus, out, *options), tmp_path, "events.torchrun_dies_after_step_4", expect=2)
-    said = re.search(r"error: torchrun is gone: stopped at step (\d+) .* goes on from step (\d+)", printed)
+    said = re.search(r"error: torchrun is gone: stopped at step (\d+) .* continues from step (\d+)", printed)
     stopped, saved = said.groups()
     assert checkpoint.newest(out)[0].name == f"step_{saved}"
     assert int(saved) == int(stopped) // 3 * 3
@@ -270,35 +256,7 @@ def test_the_best_is_marked_by_the_resume_if_the_mark_was_lost(
     assert (out / "ckpt" / "best").read_text().strip() in ("step_2", "step_4")
 
 
-def test_spikes_are_skipped_as_a_plain_loop_would() -> None:
-    draw = random.Random(1)
-    guard, seen, skips = Guard(torch.device("cpu"), spikes=4.0), [], []
-    for step in range(300):
-        loss, norm = draw.gauss(3, 0.1), draw.gauss(1, 0.2)
-        if step in (50, 200, 250):
-            loss += 5
-        if step == 220:
-            norm = math.nan
-        if step == 260:  # a resume
-            guard = Guard(torch.device("cpu"), 4.0, json.loads(json.dumps(guard.state())))
-        skipped = guard.judge(torch.tensor(loss), torch.tensor(norm)).item()
-        expected = not math.isfinite(norm)
-        if not expected:
-            recent = seen[-128:]
-            if len(seen) >= 128:
-                expected = any(
-                    now > statistics.mean(values) + 4 * statistics.stdev(values)
-                    for now, values in zip((loss, norm), zip(*recent))
-                )
-            seen.append((loss, norm))
-        assert skipped == expected, step
-        skips += [step] if skipped else []
-    assert {200, 220, 250} <= set(skips)
-    assert 50 not in skips  # too few before it
-    assert guard.skipped == len(skips)
-
-
-def test_other_data_is_refused_unless_told(corpus: Path, tmp_path: Path) -> None:
+def test_other_data_is_refused(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("Other words, again and again. " * 400)
     places = [f"--path={tmp_path / 'other.txt'}", f"--name={tmp_path / 'other'}"]
     run("-m", "data.own_text.prepare", *places, "--tokenizer=byte")
@@ -306,5 +264,3 @@ def test_other_data_is_refused_unless_told(corpus: Path, tmp_path: Path) -> None
     run_here(arguments(corpus, out, "--max_steps=2"))
     with pytest.raises(UserError, match="data: the checkpoint has"):
         run_here(arguments(tmp_path / "other", out, "--max_steps=3", "--resume"))
-    run_here(arguments(tmp_path / "other", out, "--max_steps=3", "--resume", "--new_data"))
-    assert checkpoint.newest(out)[0].name == "step_3"
