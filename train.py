@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import data
 from config import TrainConfig, UserError, as_command, load_config, user_errors
 from data.tokenizers import Tokenizer, load_tokenizer
-from lpa import checkpoint, decode, distributed, hardware, init_from, optim, run_folder
+from lpa import checkpoint, cpu, decode, distributed, hardware, init_from, optim, run_folder
 from lpa.distributed import DistInfo, StopSignal, full_tensor, gradient_sync, hang_report, init_distributed, parallelize
 from lpa.log import Log
 from lpa.nonfinite import NonFiniteCheck
@@ -77,6 +77,7 @@ def pretrain(c: TrainConfig, info: DistInfo) -> None:
     energy = {}
     if folder is None and c.init_from is not None:
         energy = init_from.start_from(Path(c.init_from), model, train_data.meta["tokenizer"])
+    kernels = cpu.install() if info.device.type == "cpu" else None
     wrapped = parallelize(model, c, info)  # recompute, compile, DDP or FSDP, around the same parameters
     optimizers = optim.make_optimizers(model, c)
     if folder is not None:
@@ -89,6 +90,8 @@ def pretrain(c: TrainConfig, info: DistInfo) -> None:
     last_step = c.max_steps if c.stop_step is None else min(c.max_steps, c.stop_step)
     log = Log(run, c, state, model, tokens_per_step, last_step, info, resumed=folder is not None)
     log.start(c, asked, optimizers, train_data, val_data, micro_steps, folder)
+    if kernels:
+        log.say(kernels)
     if folder is None and c.init_from is not None:
         log.say(f"weights of {c.init_from}; {init_from.energy_table(energy)}")
         log.write(dict(step=0, energy_kept=energy))
