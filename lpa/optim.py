@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizers and the learning rate of each step."""
+"""Parameter groups, AdamW and Muon, and the learning rate of each step."""
 
 import math
 from typing import Any
@@ -49,12 +49,11 @@ def make_optimizers(model: GPT, c: TrainConfig) -> list[torch.optim.Optimizer]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is made orthogonal before it is added (Jordan 2024, Moonshot arXiv 2502.16982).
+    """Make the momentum of each matrix orthogonal before adding it (Jordan 2024, Moonshot arXiv 2502.16982).
 
     q, k, v and both factors of a low-rank layer are matrices of their own, and so is each block of a factor. The step
-    of an (m, n) matrix is scaled by 0.2 sqrt(max(m, n)), which gives its elements the size that AdamW's have, so that
-    one learning rate serves both.
-    bfloat16: whether the matrix is made orthogonal in it, which is enough, as the model's products are.
+    of an (m, n) matrix is scaled by 0.2 sqrt(max(m, n)). Its elements then have the size that AdamW's have, so one
+    learning rate serves both. bfloat16: orthogonalise in it, which is enough where the model's products use it.
     """
 
     def __init__(self, groups: list[dict], lr: float, bfloat16: bool = False) -> None:
@@ -73,36 +72,32 @@ class Muon(torch.optim.Optimizer):
                     self.step_batch(params, group)
 
     def step_batch(self, params: list[nn.Parameter], group: dict) -> None:
-        """Under FSDP each rank holds some rows m of each matrix: a shard of a matrix is not a matrix, so that the sum
-        of momentum and gradient is gathered before it is made orthogonal, by all ranks alike."""
-        going = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 leaves all as it is
+        """Step matrices of one shape. Under FSDP each rank holds some rows m of each, so the sum of momentum and
+        gradient is gathered before it is made orthogonal, by all ranks alike."""
+        going = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 leaves everything as it is
         weights = [local(p) for p in params]
         buffers = [local(self.state[p]["momentum"]) for p in params]
-        grads = [local(p.grad) for p in params if p.grad is not None]  # of all of them
+        grads = [local(p.grad) for p in params if p.grad is not None]
         grad = torch.stack(grads).nan_to_num_(0, 0, 0)  # (number, m, n), or (number, K, m, n)
         share = (1 - group["momentum"]) * going
         torch._foreach_mul_(buffers, 1 - share)
         torch._foreach_add_(buffers, list((grad * share).unbind()))
         ahead = grad.lerp_(torch.stack(buffers), group["momentum"])  # Nesterov's
         gathered = gather(ahead, params[0], len(params))
-        step = self.direction(gathered.flatten(0, -3), params).view_as(gathered)
+        step = orthogonal(gathered.flatten(0, -3), self.bfloat16).view_as(gathered)
         step = scatter(step, params[0]) * (group["lr"] * 0.2 * max(gathered.shape[-2:]) ** 0.5 * going)
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * going)
         torch._foreach_sub_(weights, list(step.unbind()))
 
-    def direction(self, momentum: Tensor, params: list[nn.Parameter]) -> Tensor:
-        """Where the params, all of one shape, step to: (number, m, n), a block a matrix. An experiment has others."""
-        return orthogonal(momentum, self.bfloat16)
-
 
 def local(value: Tensor) -> Tensor:
-    """What this rank holds of it."""
+    """Return what this rank holds of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def gather(stacked: Tensor, p: Tensor, number: int) -> Tensor:
-    """This rank's part of `number` tensors like p, stacked -> all of them."""
+    """Return all of `number` stacked tensors like p, of which `stacked` is this rank's part."""
     if not isinstance(p, DTensor):
         return stacked
     shape = torch.Size([number, *p.shape])
@@ -112,14 +107,14 @@ def gather(stacked: Tensor, p: Tensor, number: int) -> Tensor:
 
 
 def scatter(stacked: Tensor, p: Tensor) -> Tensor:
-    """The other way round; nothing is sent, as every rank has all of it."""
+    """Return this rank's part again; nothing is sent, as every rank has all of it."""
     if not isinstance(p, DTensor):
         return stacked
     return distribute_tensor(stacked, p.device_mesh, [Shard(1)], src_data_rank=None).to_local()
 
 
 def orthogonal(g: Tensor, bfloat16: bool = False) -> Tensor:
-    """About U V^T of each g = U S V^T, g (number, m, n): five Newton-Schulz steps, singular values from 0.7 to 1.2."""
+    """Return about U V^T of each g = U S V^T, (number, m, n): five Newton-Schulz steps, singular values 0.7 to 1.2."""
     x = g.float().mT if g.size(-2) > g.size(-1) else g.float()  # (number, R, C), R <= C
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = newton_schulz(x.bfloat16()) if bfloat16 else newton_schulz_of_gram(x)
@@ -130,7 +125,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of X <- (a + b X X^T + c (X X^T)^2) 
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """The steps as they are written, of x (number, R, C), in its precision."""
+    """Take the steps on x (number, R, C), in its precision."""
     a, b, c = COEFFICIENTS
     for _ in range(5):
         gram = x @ x.mT  # (number, R, R)
@@ -139,7 +134,7 @@ def newton_schulz(x: Tensor) -> Tensor:
 
 
 def newton_schulz_of_gram(x: Tensor) -> Tensor:
-    """The same in fewer multiplications, half as many for a factor of rank 48 and width 192; it needs float32.
+    """Take the same steps in fewer multiplications, half as many for rank 48 and width 192; needs float32.
 
     X <- Q X with Q = a + b X X^T + c (X X^T)^2 makes X X^T <- Q (X X^T) Q, and Q commutes with it, so the wide X
     (number, R, C) is needed only at both ends. A bfloat16 Gram matrix would lose the squares of small singular values.
@@ -156,7 +151,7 @@ def newton_schulz_of_gram(x: Tensor) -> Tensor:
 
 
 def describe(optimizers: list[torch.optim.Optimizer]) -> str:
-    """A line per parameter group."""
+    """Return a line per parameter group."""
     lines = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -167,7 +162,7 @@ def describe(optimizers: list[torch.optim.Optimizer]) -> str:
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, c: TrainConfig) -> float:
-    """Give every group what it uses in this step: the rate, which is returned, and Muon's momentum."""
+    """Set the learning rate of every group for this step, and Muon's momentum. Return the rate."""
     rate = learning_rate(step, c)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = rate
@@ -177,12 +172,12 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, c: Tra
 
 
 def momentum(step: int) -> float:
-    """Of Muon: from 0.85 to 0.95 over the first 300 steps, as early gradients soon point elsewhere."""
+    """Return Muon's momentum: 0.85 to 0.95 over the first 300 steps, as early gradients soon point elsewhere."""
     return 0.85 + 0.1 * min(1.0, step / 300)
 
 
 def learning_rate(step: int, c: TrainConfig) -> float:
-    """The rate of the update after `step` finished ones: a function of nothing else, so a resume cannot miss it."""
+    """Return the rate of the update after `step` finished ones; it depends on nothing else that a resume must keep."""
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     if c.schedule == "cosine":
@@ -193,12 +188,11 @@ def learning_rate(step: int, c: TrainConfig) -> float:
 
 
 def late_warm_up(c: TrainConfig) -> str | None:
-    """A warning in one line where the warm-up goes on after the decay should have begun; None where all is well.
+    """Return a warning where the warm-up ends after the decay should have begun, else None.
 
-    No error: a rate that only rises is how one looks for a good one, and a preset's warm-up is to stand when max_steps
-    is made small to try it out.
+    It is no error: a preset's warm-up is kept when max_steps is made small to try it out.
     """
-    seen, trial = f"warmup_steps is {c.warmup_steps}, wanted", "--stop_step tries the start of a schedule out"
+    seen, trial = f"warmup_steps is {c.warmup_steps}, wanted", "--stop_step runs the start of a longer schedule"
     if c.warmup_steps >= c.max_steps:
         highest = learning_rate(c.max_steps - 1, c)
         return f"{seen} below max_steps = {c.max_steps}: the rate only rises, to {highest:.2e}; {trial}"
