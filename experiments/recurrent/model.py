@@ -1,40 +1,42 @@
-"""The recurrent transformer: model.GPT's block carried over a sliding window, in time linear in the sequence.
+"""The recurrent transformer: model.GPT's blocks carried over a sliding window, in time linear in the sequence.
 
-A layer T, one block of model.py, reads its input in blocks x_1 ... x_n of w tokens, of which the last may be shorter, m
-tokens (B. N. Kausik, Scaling Efficient LLMs, arXiv 2402.14746, as the code for the paper has it):
+A layer applies one block T of model.py to chunks x_1 ... x_n of W tokens, of which the last may be shorter, M tokens
+(B. N. Kausik, Scaling Efficient LLMs, arXiv 2402.14746, as its published code does):
 
     p_1 = x_1, h_1 = T(x_1)
-    (y_i, h_{i+1}) = T([alpha p_i + h_i ; alpha p_i[:m] + x_{i+1}]),   p_{i+1} = y_i        window 2 w, split at w
-    y_n = T(alpha p_n[:m] + h_n)
+    (y_i, h_{i+1}) = T([alpha p_i + h_i ; alpha p_i[:M] + x_{i+1}]),  p_{i+1} = y_i        window 2 W, split at W
+    y_n = T(alpha p_n[:M] + h_n)
 
-Each token passes T twice, as right half and as left half. alpha is one number for all layers: 0 forgets, above 0
-accumulates what has been. The published closing is y_n = T(h_n), by which a token's logits depend on whether another
-block follows; with this one they are the same for every continuation, and at alpha 0 both are one.
+T sees each token twice, in the right half of a window and then in the left half of the next. alpha is one number for
+all layers: 0 forgets, above 0 accumulates the past. The published last step is y_n = T(h_n), which makes the logits of
+a token depend on whether another chunk follows. With the step above they do not; at alpha 0 both are the same.
 
-Shapes: B batch, T time, C n_embd, W window, M tokens of a block.
+Shapes: L layers, B batch, T tokens, C n_embd, W window, M tokens of a chunk.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from config import UserError
+from data.tokenizers import Tokenizer, load_tokenizer
+from lpa import checkpoint
 from lpa.decode import KVCache, draw, new_cache
-from model import GPT, Attention, Block, GPTConfig, attend, describe, project, rotations
+from model import GPT, Block, GPTConfig, rope_table
 
 
 @dataclass(frozen=True)
 class RecurrentConfig:
-    """What model = 'recurrent' adds to the options of a GPT."""
+    """What a recurrent model has beside GPTConfig."""
 
     window: int = 16
-    """Tokens of a block: half of what attention sees at once."""
+    """Tokens of a chunk: half of what attention sees at once."""
     alpha: float = 0.5
-    """How much of what has been stays; where it is learned, where it starts."""
+    """The share of the past that is kept; if it is learned, where it starts."""
     alpha_learned: bool = True
 
     def __post_init__(self) -> None:
@@ -46,197 +48,139 @@ class RecurrentConfig:
 
 @dataclass
 class State:
-    """All that a text so far leaves behind: as many bytes after a thousand blocks as before the first token.
+    """What generation keeps of a text: as many bytes after a thousand chunks as before the first token.
 
-    A token of the open block i passes T twice: in window i - 1, as right half, it gets its h, and in window i, as left
-    half, its y. T is causal, so of the tokens before it only keys and values are needed, and a left half has those by
-    which its block was closed. Tensors are (L, B, W, C), L layers.
+    T is causal, so of earlier tokens it needs only keys and values. In chunk i, a new token passes T at the right of
+    window i - 1, which gives its h, and at the left of window i, which gives its y. Tensors are (L, B, W, C).
     """
 
-    window: KVCache
-    """Of the 2 W tokens of window i - 1: the left half, and the open block so far."""
-    closing: KVCache
-    """Of the open block in window i."""
+    right: KVCache
+    """Of window i - 1, up to 2 W tokens: its left half, and chunk i so far."""
+    left: KVCache
+    """Of window i: chunk i so far."""
     before: Tensor
-    """p of i - 1, which the right half adds."""
+    """p of chunk i - 1."""
     p: Tensor
-    """p of i; in the first block x, so far."""
+    """p of chunk i; in the first chunk its x, so far."""
     y: Tensor
-    """y of i, which will be p of i + 1, so far."""
+    """y of chunk i so far, which will be p of chunk i + 1."""
     length: int = 0
     """Tokens so far."""
 
 
 class RecurrentGPT(GPT):
-    """As model.GPT, with the recurrence in place of attention to the whole text. `cache` is a State here.
+    """model.GPT with the recurrence in place of attention to the full text. `cache` is a State here.
 
-    Without learned positions block_size bounds the training sequences alone, and no State.
+    Without learned positions, block_size limits training sequences only, and no State.
     """
 
     def __init__(self, c: GPTConfig, r: RecurrentConfig, seed: int | None = 1) -> None:
         super().__init__(c, seed)
-        self.recurrent, self.window, self.forgets = r, r.window, r.alpha == 0 and not r.alpha_learned
-        if c.pos == "rope":  # of the places in a window, which may be longer than the texts it is trained on
-            self.rotation = rotations(replace(c, block_size=2 * r.window), self.lm_head.weight.device)
-        self.alpha = nn.Parameter(torch.tensor(r.alpha)) if r.alpha_learned else r.alpha
+        self.window = r.window
+        if c.pos == "rope":  # positions in a window, which may be longer than the training sequences
+            self.rope = rope_table(replace(c, block_size=max(c.block_size, 2 * r.window)))
+        if r.alpha_learned:
+            self.alpha = nn.Parameter(torch.tensor(r.alpha))
+        else:  # saved too, so that a plain GPT never loads these weights by mistake
+            self.register_buffer("alpha", torch.tensor(r.alpha))
 
-    def hidden(self, idx: Tensor, cache: State | None = None, last: bool = False) -> Tensor:
-        """What the head reads of token ids (B, T): (B, T, C), or with last (B, 1, C). Raises ValueError as GPT's."""
-        end = idx.size(1) + (0 if cache is None else cache.length)
+    def hidden(self, idx: Tensor, cache: State | None = None) -> Tensor:
+        """Token ids (B, T) -> what the head reads, (B, T, C). Raise ValueError beyond block_size."""
+        past = 0 if cache is None else cache.length
+        end = past + idx.size(1)
         if end > self.config.block_size and (cache is None or self.config.pos == "learned"):
             raise ValueError(f"position {end} is beyond block_size = {self.config.block_size}")
-        x = self.embed(idx, slice(end - idx.size(1), end))  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if self.config.pos == "learned":
+            x = x + self.transformer.wpe.weight[past:end]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.transformer.drop(x)
         if cache is not None:
             x = self.extend(x, cache)
         else:
             for block in self.transformer.h:
-                x = self.forget(block, x) if self.forgets else self.accumulate(block, x)
-        if last:
-            x = x[:, -1:]
+                x = self.layer(block, x)
         return self.transformer.norm(x) if self.config.norm_order == "pre" else x
 
-    # One layer
+    def layer(self, block: Block, x: Tensor) -> Tensor:
+        """x (B, T, C) -> y (B, T, C), one window after the other."""
+        W = self.window
+        first, *others = x.split(W, dim=1)
+        p, h, ys = first, self.apply_block(block, first), []
+        for new in others:  # (B, M, C)
+            p = self.alpha * p
+            y = self.apply_block(block, torch.cat([p + h, p[:, : new.size(1)] + new], dim=1))  # (B, W + M, C)
+            p, h = y[:, :W], y[:, W:]
+            ys.append(p)
+        return torch.cat([*ys, self.apply_block(block, self.alpha * p[:, : h.size(1)] + h)], dim=1)
 
     def apply_block(self, block: Block, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """T of x, which follows what a cache holds. A rotation turns by the place in the window, which is all that a
-        product of two turned vectors knows."""
-        start = 0 if cache is None else cache.length
-        places = slice(start, start + x.size(1))
-        return block(x, None if self.rotation is None else self.rotation[:, places].to(x.dtype), cache)
-
-    def step(self, block: Block, p: Tensor, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """p, h (B, W, C) of a block and the x (B, M, C) of the next -> y of the one (B, W, C), h of the other."""
-        p = self.alpha_now() * p
-        y = self.apply_block(block, torch.cat([p + h, p[:, : x.size(1)] + x], dim=1))  # (B, W + M, C)
-        return y[:, : self.window], y[:, self.window :]
-
-    def close(self, block: Block, p: Tensor, h: Tensor) -> Tensor:
-        """y (B, M, C) of the last block from its h (B, M, C)."""
-        return self.apply_block(block, self.alpha_now() * p[:, : h.size(1)] + h)
-
-    def alpha_now(self) -> Tensor | float:
-        return self.alpha.clamp(0, 1) if isinstance(self.alpha, Tensor) else self.alpha
+        """T of x (B, M, C), which follows what is in the cache. RoPE counts from the start of the window."""
+        start = 0 if cache is None else cache.start
+        end = start + x.size(1)
+        rope = None if self.rope is None else self.rope[:, start:end].to(x.dtype)
+        return block(x, rope, self.attention_mask(x.size(1), end), cache)
 
     @torch.no_grad()
     def hold_alpha(self) -> None:
-        """After a step of the optimizer: beyond [0, 1] clamp has no gradient, and a learned alpha would stay there."""
-        if isinstance(self.alpha, Tensor):
-            self.alpha.clamp_(0, 1)
+        """Keep alpha in [0, 1]; call it after each step of the optimizer."""
+        self.alpha.clamp_(0, 1)
 
-    def accumulate(self, block: Block, x: Tensor) -> Tensor:
-        """The layer for any alpha, (B, T, C) -> (B, T, C), a step after the other."""
-        first, *others = x.split(self.window, dim=1)
-        p, h, ys = first, self.apply_block(block, first), []
-        for new in others:
-            p, h = self.step(block, p, h, new)
-            ys.append(p)
-        return torch.cat([*ys, self.close(block, p, h)], dim=1)
-
-    def forget(self, block: Block, x: Tensor) -> Tensor:
-        """The layer for alpha 0, (B, T, C) -> (B, T, C).
-
-        As attention is causal, y_i = T(h_i) then needs no right half: all y are one product, and the steps, which have
-        to come one after the other, are about the right half alone.
-        """
-        B, T, C = x.shape
-        first, *others = x.split(self.window, dim=1)
-        hs = [self.apply_block(block, first)]
-        for new in others:
-            hs.append(self.right_half(block, hs[-1], new))
-        rest = -T % self.window
-        h = F.pad(torch.cat(hs, dim=1), (0, 0, 0, rest)).view(-1, self.window, C)  # (B n, W, C)
-        return self.apply_block(block, h).reshape(B, T + rest, C)[:, :T]
-
-    def right_half(self, block: Block, h: Tensor, x: Tensor) -> Tensor:
-        """T([h ; x]) of h (B, W, C) and x (B, M, C), the right half of it (B, M, C)."""
-        rotation = None if self.rotation is None else self.rotation[:, : self.window + x.size(1)].to(x.dtype)
-
-        def run(h: Tensor, x: Tensor) -> Tensor:
-            left = LeftHalf(block.norm1(h) if block.pre else h, rotation)
-            after = None if rotation is None else rotation[:, self.window :]
-            return block(x, after, left)  # pyrefly: ignore (a block asks a cache for `attend` alone)
-
-        if block.recompute == "none" or not torch.is_grad_enabled():
-            return run(h, x)
-        return checkpoint(run, h, x, use_reentrant=False, preserve_rng_state=block.dropout.p > 0)
-
-    # A text that goes on
+    # --- Generation ----------------------------------------------------------------------------------------------
 
     def extend(self, x: Tensor, state: State) -> Tensor:
-        """Embeddings (B, T, C) of what follows a text -> what the layers make of them (B, T, C). The state goes on.
+        """Embeddings (B, T, C) of the next tokens of a text -> the last layer's output. Update the state.
 
-        Each T sees the new tokens alone, twice. Without gradients: the State would keep their graph.
+        Call it without gradients: the state would keep their graph.
         """
-        found = []
+        W, found = self.window, []
         while x.size(1):
-            held, first = state.length % self.window, state.length < self.window
-            state.closing.length, state.window.length = held, held if first else self.window + held
-            y, x = x[:, : self.window - held], x[:, self.window - held :]
-            here = slice(held, held + y.size(1))
+            held, first = state.length % W, state.length < W
+            y, x = x[:, : W - held], x[:, W - held :]
+            here = slice(held, held + y.size(1))  # in the chunk
+            start = held if first else W + held
+            state.right.extend(slice(start, start + y.size(1)), None)
+            state.left.extend(here, None)
             for layer, block in enumerate(self.transformer.h):
                 if first:
                     state.p[layer, :, here] = y
                 else:
-                    y = self.alpha_now() * state.before[layer, :, here] + y  # (B, M, C)
-                h = self.apply_block(block, y, state.window)
-                y = self.apply_block(block, self.alpha_now() * state.p[layer, :, here] + h, state.closing)
+                    y = self.alpha * state.before[layer, :, here] + y  # (B, M, C)
+                h = self.apply_block(block, y, state.right)
+                y = self.apply_block(block, self.alpha * state.p[layer, :, here] + h, state.left)
                 state.y[layer, :, here] = y
             state.length += y.size(1)
-            if state.length % self.window == 0:  # the block is whole, and the next window's left half
+            if state.length % W == 0:  # the chunk is complete, and becomes the left half of the next window
                 state.before, state.p, state.y = state.p, state.y, state.before
-                for name, values in state.closing.held.items():
-                    state.window.held[name][..., : self.window, :] = values
+                for right, left in zip(state.right.held, state.left.held):
+                    for name in left:
+                        right[name][:, :, :W] = left[name]
             found.append(y)
         return torch.cat(found, dim=1)
 
     def new_state(self, batch_size: int) -> State:
-        """Of no text, in the precision that the model's products have here and now."""
-        c = self.config
-        window, closing = (new_cache(self, batch_size, tokens) for tokens in (2 * self.window, self.window))
-        shape = (c.n_layer, batch_size, self.window, c.n_embd)
-        before, p, y = (torch.empty(shape, device=window.device, dtype=window.dtype) for _ in range(3))
-        return State(window, closing, before, p, y)
+        """Return the state before any token, in the precision of the products, which autocast sets."""
+        right, left = (new_cache(self, batch_size, tokens) for tokens in (2 * self.window, self.window))
+        held = right.held[0]["v"]
+        shape = (self.config.n_layer, batch_size, self.window, self.config.n_embd)
+        return State(right, left, *(held.new_empty(shape) for _ in range(3)))
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """As GPT's, with each block passed twice, in windows of 2 W tokens: the same at any context."""
-        return 2 * super().flops_per_token(2 * self.window) - 2 * self.lm_head.weight.numel()  # the head is passed once
-
-    def __repr__(self) -> str:
-        r = self.recurrent
-        alpha = f"alpha {r.alpha:g}{', learned' if r.alpha_learned else ''}"
-        return f"{describe(self)}\nrecurrent: blocks of {r.window} tokens, {alpha}"
+        """Count as GPT does, with each block applied twice in windows of 2 W tokens, whatever the context."""
+        return 2 * super().flops_per_token(2 * self.window) - 2 * self.lm_head.weight.numel()  # the head runs once
 
 
-@dataclass
-class LeftHalf:
-    """A model.Cache that holds one block, normed (B, W, C), which the tokens after it attend to, and keeps nothing."""
-
-    h: Tensor
-    rotation: Tensor | None
-    """Of the whole window."""
-    length: int = field(default=0, init=False)
-
-    def attend(self, attention: Attention, narrow: list[Tensor], rotation: Tensor | None) -> Tensor:
-        W, M = self.h.size(1), narrow[0].size(1)
-        before = None if self.rotation is None else self.rotation[:, :W]
-        apart = () if attention.rope_dim is None else (attention.kr,)
-        left = project(self.h, (attention.k, attention.v, *apart))
-        q = attention.heads("q", narrow[0], rotation)  # (B, H, M, D)
-        k, v = (
-            torch.cat([attention.heads(name, old, before), attention.heads(name, new, rotation)], dim=2)
-            for name, old, new in zip("kv", left, narrow[1:])
-        )  # (B, G, W + M, D)
-        turned = []
-        if apart:
-            kr = torch.cat([attention.turn(left[2], before), attention.turn(narrow[4], rotation)], dim=2)
-            turned = [attention.turn(narrow[3], rotation), kr]  # (B, H, M, R), (B, 1, W + M, R)
-        mask = torch.ones(M, W + M, dtype=torch.bool, device=q.device).tril(W)
-        return attend(q, k, v, *turned, mask=mask)
-
-
-def new_model(kind: str, gpt: GPTConfig, recurrent: RecurrentConfig, seed: int | None) -> GPT:
-    """The model of TrainConfig.model."""
-    return GPT(gpt, seed) if kind == "gpt" else RecurrentGPT(gpt, recurrent, seed)
+def load(run: Path, device: torch.device) -> tuple[RecurrentGPT, Tokenizer]:
+    """Return the model of a checkpoint (see checkpoint.find) in eval mode, and its tokenizer."""
+    folder, manifest = checkpoint.find(run)
+    options: dict[str, Any] = manifest["options"]
+    if options.get("model") != "recurrent":
+        raise UserError(f"{folder} holds no recurrent model; sample.py writes text from a plain one")
+    with device:
+        model = RecurrentGPT(checkpoint.gpt_config(options["gpt"]), RecurrentConfig(**options["recurrent"]), seed=None)
+    checkpoint.read(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    return model.eval(), load_tokenizer(folder, manifest["tokenizer"])
 
 
 @torch.inference_mode()
@@ -251,23 +195,22 @@ def generate(
     generator: torch.Generator | None = None,
     beyond: Literal["window", "stop"] = "window",
 ) -> Iterator[Tensor]:
-    """As decode.generate: `tokens` times the next token (B,) after idx (B, T), in memory that does not grow.
+    """Yield `tokens` times the next token (B,) after idx (B, T), as decode.generate does, in constant memory.
 
-    Only learned positions come to an end: at block_size 'stop' ends there, 'window' begins anew with the last half.
+    Only learned positions end, at block_size: 'stop' ends there, 'window' starts again with the last half of it.
     """
-    ends = model.config.pos == "learned"
     block_size = model.config.block_size
+    ends = model.config.pos == "learned"
     kept = max(1, block_size // 2)
     state, new = model.new_state(len(idx)), idx[:, -block_size:] if ends else idx
-    recent = new[:, -kept:] if ends else None  # what a text begins anew with
+    recent = new[:, -kept:]
     for _ in range(tokens):
-        if recent is not None and state.length + new.size(1) > block_size:
+        if ends and state.length + new.size(1) > block_size:
             if beyond == "stop":
                 return
             state, new = model.new_state(len(idx)), recent
-        for part in new.split(model.window, dim=1):  # so that a long prompt needs no more than a short one
+        for part in new.split(model.window, dim=1):  # so that a long prompt takes no more memory than a short one
             logits = model(part, cache=state, last=True)[:, -1, :vocab_size].float()  # (B, V)
         new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)
-        if recent is not None:
-            recent = torch.cat([recent, new], dim=1)[:, -kept:]
+        recent = torch.cat([recent, new], dim=1)[:, -kept:] if ends else new
         yield new[:, 0]

@@ -1,35 +1,67 @@
-"""Copying and selective copying: tasks of memory, generated as a function of (seed, number of the sample, stage).
+"""Copying and selective copying: memory tasks, whose samples are a function of (seed, stage, number of the sample).
 
-    tokens to keep     noise                          markers      to answer
+    tokens to keep     noise                          markers      answer
     c a b              . . . . . . . . . . . . .      ~ ~ ~        c a b           copy
     . . c . . . . a . . . . b . . .                   ~ ~ ~        c a b           selective_copy
 
-Of A symbols 0 is noise, A - 1 the marker, and the M tokens to keep are drawn from the rest; selective_copy scatters
-them over the first L + M places. The answer to the j-th marker is the j-th token, and nothing else is asked. The stage
-of the curriculum is its L, which doubles when the validation loss falls below a threshold, and what the learning rate
-is multiplied by (B. N. Kausik, arXiv 2402.14746).
+Of A symbols, 0 is noise and A - 1 the marker; the M tokens to keep are drawn from the rest. The answer to marker j is
+token j, and the loss counts nothing else. selective_copy scatters the tokens over the first L + M places. A stage of
+the curriculum is the number L of noise tokens, which doubles when the validation loss falls below a threshold, and a
+factor of the learning rate (B. N. Kausik, arXiv 2402.14746).
 
 Shapes: B batch, L noise tokens, M tokens to keep, T = L + 2 M.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from config import CopyTask, TrainConfig, UserError
+from config import TrainConfig, UserError
+from lpa import hardware
+from lpa.distributed import DistInfo
 
 TASKS = ("copy", "selective_copy")
 
 
 @dataclass(frozen=True)
+class CopyTask:
+    """The samples of a task, and the curriculum."""
+
+    keep: int = 16
+    """Tokens to copy."""
+    noise: int = 4096
+    """Noise tokens; a sequence has noise + 2 keep."""
+    start_noise: int | None = None
+    """Noise tokens of the first stage; None = all of them."""
+    alphabet: int = 16
+    """Symbols, noise and marker among them."""
+    threshold: float = 0.3
+    """The validation loss below which the noise doubles."""
+    rates: Literal["constant", "note", "code"] = "note"
+    """How the learning rate follows noise and loss, see next_stage."""
+    samples: int = 640
+    """Of an evaluation, always the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "noise", "start_noise", "threshold", "samples"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"task.{name} is {value}, wanted above 0")
+        if not 4 <= self.alphabet <= 63:
+            raise ValueError(f"task.alphabet is {self.alphabet}, wanted 4 to 63")
+        if self.start_noise is not None and self.start_noise > self.noise:
+            raise ValueError(f"task.start_noise is {self.start_noise}, wanted at most task.noise = {self.noise}")
+
+
+@dataclass(frozen=True)
 class Copying:
-    """One split of a task at one stage, where train.py otherwise has a data.Corpus."""
+    """One split of a task at one stage, in the place of a data.Corpus."""
 
     name: str
     split: str
@@ -41,7 +73,7 @@ class Copying:
 
     @property
     def tokens(self) -> int:
-        """Of a sequence; there is no end of sequences."""
+        """Return the tokens of a sequence; there is no end of sequences."""
         return self.noise + 2 * self.task.keep
 
     bytes = tokens
@@ -56,17 +88,16 @@ class Copying:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The symbols as characters, in the order of their ids: '.', 'A', 'B', ... and '~'."""
+        """Return the symbols as characters: '.', 'A', 'B', ... and '~'."""
         letters = "".join(chr(ord("A") + i) for i in range(self.task.alphabet - 2))
         return dict(tokenizer=dict(kind="char", vocab_size=self.task.alphabet, characters=f".{letters}~"))
 
     @property
     def fingerprint(self) -> str:
-        """What all its samples are a function of, but for seed and stage."""
         return f"{self.name} {self.task.keep} {self.task.noise} {self.task.start_noise} {self.task.alphabet}"
 
     def samples(self, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """Inputs (B, T) and answers (B, M) of the samples of these numbers."""
+        """Return inputs (B, T) and answers (B, M) of the samples of these numbers."""
         x, y = zip(*(self.sample(int(number)) for number in numbers))
         return torch.stack(x), torch.stack(y)
 
@@ -83,60 +114,71 @@ class Copying:
         x[places], x[-M:] = kept, A - 1
         return x, kept
 
+    def micro_batches(self, size: int, step: int, micro_steps: int, info: DistInfo) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's batches of a step; a step has the same samples for any number of ranks."""
+        for micro_step in range(micro_steps):
+            first = ((step * micro_steps + micro_step) * info.world_size + info.rank) * size
+            x, y = self.samples(range(first, first + size))
+            yield x.to(info.device), y.to(info.device)
 
-def open_task(c: TrainConfig, split: str, noise: int) -> Copying:
-    """The validation samples are those of no seed of training. Raises UserError where block_size is too short."""
-    longest = c.task.noise + 2 * c.task.keep
+
+def open_task(c: TrainConfig, task: CopyTask, noise: float) -> tuple[Copying, Copying]:
+    """Return the samples to train on and to validate with. Raise UserError where block_size is too short for them."""
+    longest = task.noise + 2 * task.keep
     if c.gpt.block_size < longest:
         raise UserError(f"block_size is {c.gpt.block_size}, wanted task.noise + 2 task.keep = {longest} or more")
-    return Copying(c.dataset, split, c.seed if split == "train" else 0, c.task, noise)
+    return Copying(c.dataset, "train", c.seed, task, int(noise)), Copying(c.dataset, "val", 0, task, int(noise))
 
 
-# The curriculum
+# --- The curriculum ----------------------------------------------------------------------------------------------
 
 
 def first_stage(task: CopyTask) -> dict[str, float]:
-    """noise: the L of now. rate: what the learning rate is multiplied by. top: what it was when L came to this.
+    """Return the first stage.
 
-    train.py adds `decided`: the step whose evaluation chose the stage.
+    noise: the L of now. rate: the factor of the learning rate. top: what it was when L was reached. decided: the step
+    whose evaluation chose the stage.
     """
     noise = task.start_noise or task.noise
     share = 1 - 0.5 * noise / (task.noise + 2 * task.keep) if task.rates == "note" else 1.0
-    return dict(noise=noise, rate=share, top=share)
+    return dict(noise=noise, rate=share, top=share, decided=0)
 
 
-def next_stage(task: CopyTask, stage: dict[str, float], loss: float) -> dict[str, float]:
-    """The stage after a validation loss.
+def next_stage(task: CopyTask, stage: dict[str, float], loss: float, step: int) -> dict[str, float]:
+    """Return the stage after the evaluation of a step.
 
-    The published note has 1 - 0.5 L / T of the rate while L grows; the published code multiplies it by 1 - 0.5 L / T at
-    each growth, T without the markers. At the full length both take 1 - exp(-loss) of that, the code never more than
-    before.
+    While L grows, the published note takes 1 - 0.5 L / T of the rate; the published code multiplies the rate by
+    1 - 0.5 L / T at each growth, T without the markers. At the full L, both take 1 - exp(-loss) of that; the code never
+    lets the rate rise again.
     """
     noise, rate, top = stage["noise"], stage["rate"], stage["top"]
     if noise < task.noise:
-        if not loss < task.threshold:
-            return stage
-        noise = min(2 * noise, task.noise)
-        if task.rates == "note":
-            top = 1 - 0.5 * noise / (task.noise + 2 * task.keep)
-        elif task.rates == "code":
-            top *= 1 - 0.5 * noise / task.noise
-        return dict(noise=noise, rate=top, top=top)
-    if task.rates == "constant":
-        return stage
-    decayed = top * (1 - math.exp(-loss))
-    return stage | dict(rate=decayed if task.rates == "note" else min(rate, decayed))
+        if loss < task.threshold:
+            noise = min(2 * noise, task.noise)
+            if task.rates == "note":
+                top = 1 - 0.5 * noise / (task.noise + 2 * task.keep)
+            elif task.rates == "code":
+                top *= 1 - 0.5 * noise / task.noise
+            rate = top
+    elif task.rates != "constant":
+        decayed = top * (1 - math.exp(-loss))
+        rate = decayed if task.rates == "note" else min(rate, decayed)
+    return dict(noise=noise, rate=rate, top=top, decided=step)
 
 
 @torch.no_grad()
-def accuracy(
-    model: Callable[[Tensor], Tensor], val: Copying, batch_size: int, device: torch.device
-) -> dict[str, float]:
-    """Shares of the answered tokens, and of the whole answers, that are right; the model is to be in eval mode."""
-    tokens = answers = 0
-    for start in range(0, val.task.samples, batch_size):
-        x, y = val.samples(range(start, min(start + batch_size, val.task.samples)))
-        right = model(x.to(device))[:, -val.task.keep :].argmax(-1) == y.to(device)  # (B, M)
-        tokens += right.sum().item()
-        answers += right.all(1).sum().item()
-    return dict(token_accuracy=tokens / val.task.samples / val.task.keep, sequence_accuracy=answers / val.task.samples)
+def accuracy(model: nn.Module, val: Copying, c: TrainConfig, device: torch.device) -> dict[str, float]:
+    """Return the shares of answered tokens and of full answers that are right."""
+    model.eval()
+    M, samples = val.task.keep, val.task.samples
+    right = []
+    with torch.compiler.set_stance("force_eager"), hardware.autocast(device, c.dtype):
+        for numbers in torch.arange(samples).split(c.batch_size):
+            x, y = val.samples(numbers.tolist())
+            right.append(model(x.to(device))[:, -M:].argmax(-1) == y.to(device))  # (B, M)
+    model.train()
+    answers = torch.cat(right)
+    return dict(
+        token_accuracy=answers.sum().item() / samples / M,
+        sequence_accuracy=answers.all(1).sum().item() / samples,
+    )

@@ -1,11 +1,11 @@
 """The paper's copy task: 16 tokens across 4,096 of noise, with one layer of 508,705 parameters (arXiv 2402.14746).
 
-launch    python train.py config/copy.py --compile=block
-          python train.py config/copy.py --max_steps=900                       for a CPU, in hours
-          python train.py config/copy.py --task.noise=512 --block_size=544     in minutes
+launch    python -m experiments.recurrent.train experiments/recurrent/config/copy.py --compile=block
+          the same with --max_steps=900                            on a CPU, in hours
+          the same with --task.noise=512 --block_size=544          on a CPU, in minutes
 hardware  a GPU, not tried: a sequence is 129 steps of one layer, one after the other
 time      95 minutes for 900 steps, on 1 thread of a shared machine; published: 900 steps of 64 sequences
-accuracy  every token of one seed with all 4,096 of noise, from step 500 on; published: every token
+accuracy  one seed: every token with all 4,096 of noise, from step 500 on; published: every token
 """
 
 out_dir = "out/copy"
@@ -31,7 +31,7 @@ batch_size = 64
 max_steps = 2000
 learning_rate = 5e-4
 schedule = "wsd"
-decay_share = 1 / max_steps  # constant but for what the curriculum makes of it
+decay_share = 1 / max_steps  # constant, times the factor of the stage
 beta2 = 0.999
 grad_clip = 0.0
 eval_interval = 50

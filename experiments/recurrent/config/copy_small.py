@@ -1,10 +1,10 @@
-"""The smallest run that shows what accumulating is for: 8 tokens are copied across 128 of noise, from 32 on.
+"""The smallest run that shows what accumulation does: copy 8 tokens across 128 of noise, starting with 32 of noise.
 
-launch    python train.py config/copy_small.py
-          python train.py config/copy_small.py --alpha=0 --alpha_learned=false       the control, which cannot
+launch    python -m experiments.recurrent.train experiments/recurrent/config/copy_small.py
+          the same with --alpha=0 --alpha_learned=false            the control, which cannot
 hardware  2 CPU cores
 time      20 s of training on 1 thread of a shared machine
-accuracy  every token of 3 seeds, with all 128 of noise; the control 0.25 (results/recurrent_copy_small.md)
+accuracy  3 seeds: every token, with all 128 of noise; the control 0.25 (results/recurrent_copy_small.md)
 """
 
 out_dir = "out/copy_small"

@@ -1,10 +1,10 @@
 """Shakespeare by characters with one recurrent layer that forgets: the paper's language task (arXiv 2402.14746).
 
-launch    python train.py config/recurrent_shakespeare.py
+launch    python -m experiments.recurrent.train experiments/recurrent/config/recurrent_shakespeare.py
 hardware  a GPU
 time      not run at this size
-loss      not run at this size, half as wide for 1,500 steps of 16: 1.665, one plain layer 1.831, six 1.650
-          (results/recurrent.md); published with blocks of one character: 1.4738, and 1.5697 for one plain layer
+loss      not run at this size. Half as wide, 1,500 steps of 16 sequences: 1.665; one plain layer 1.831, six 1.650
+          (results/recurrent.md). Published, with chunks of one character: 1.4738, and 1.5697 for one plain layer
 """
 
 out_dir = "out/recurrent_shakespeare"
@@ -12,7 +12,7 @@ dataset = "shakespeare_char"  # python -m data.shakespeare_char.prepare
 
 model = "recurrent"
 window = 16
-alpha = 0.0  # as published: language has no use for more
+alpha = 0.0  # as published: accumulation does not help on language
 alpha_learned = False
 n_layer = 1
 n_head = 6

@@ -1,12 +1,12 @@
-"""A plain transformer of two layers on the task of config/selective_copy.py.
+"""The plain twin of selective_copy.py, with two layers.
 
-launch    python train.py config/selective_copy_gpt.py
+launch    python -m experiments.recurrent.train experiments/recurrent/config/selective_copy_gpt.py
 hardware  a GPU
 time      not run
 accuracy  not run; the paper has no such run
 """
 
-from config.selective_copy import *  # noqa: F403
+from experiments.recurrent.config.selective_copy import *  # noqa: F403
 
 out_dir = "out/selective_copy_gpt"
 model = "gpt"
