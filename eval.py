@@ -3,7 +3,7 @@
     python eval.py out/lpa_cpu --split=val                                       disjoint windows
     python eval.py out/lpa_370m_s1 --split=test --stride=256 --dtype=bfloat16    more context for every token
     torchrun --nproc_per_node=8 eval.py out/lpa_370m_s1 --split=test --json      the windows shared by all ranks
-    python eval.py out/lpa_370m --tasks=lambada_openai,hellaswag,own.yaml        through lm-eval, see lm_eval.py
+    python eval.py out/lpa_370m --tasks=lambada_openai,hellaswag,own.yaml        through lm-eval, see lpa/lm_eval.py
 
 Windows of block_size tokens begin every `stride` tokens. Each token but the first of the split is a target exactly
 once, in the first window that reaches it; with a stride S below block_size T it sees at least T - S tokens before it.
@@ -27,7 +27,7 @@ import data
 from config import UserError, parse, user_errors
 from data.tokenizers import Tokenizer
 from lpa import checkpoint, hardware
-from lpa.distributed import World, join_world
+from lpa.distributed import DistInfo, init_distributed
 from model import GPT
 
 CHUNK = 1 << 20  # tokens that are decoded at a time
@@ -65,10 +65,10 @@ class EvalConfig:
 
 
 def main(c: EvalConfig) -> None:
-    world = join_world(c.device)
-    model, tokenizer, manifest = checkpoint.load_model(c.run, world.device)
+    info = init_distributed(c.device)
+    model, tokenizer, manifest = checkpoint.load_model(c.run, info.device)
     if c.tasks is not None:
-        print(benchmark(c, [task.strip() for task in c.tasks.split(",")], model, tokenizer, world))
+        print(benchmark(c, [task.strip() for task in c.tasks.split(",")], model, tokenizer, info))
         return
     corpus = data.open_corpus(c.dataset or manifest["options"]["dataset"], c.split)
     require_tokenizer(corpus, manifest["tokenizer"])
@@ -76,18 +76,18 @@ def main(c: EvalConfig) -> None:
     stride = context if c.stride is None else c.stride
     if stride > context:
         raise UserError(f"stride is {stride}, wanted at most block_size = {context}: it would skip tokens")
-    nats = evaluate(model, corpus, stride, c.batch_size, c.dtype, world)
-    if world.rank == 0:
+    nats = evaluate(model, corpus, stride, c.batch_size, c.dtype, info)
+    if info.rank == 0:
         place = dict(run=str(c.run), step=manifest["step"], dataset=str(corpus.folder), split=c.split)
         results = place | dict(context=context, stride=stride) | summary(nats, corpus, count_words(corpus, tokenizer))
         print(json.dumps(results, indent=1) if c.json else table(results))
-    world.leave()
+    info.close()
 
 
-def benchmark(c: EvalConfig, tasks: list[str], model: GPT, tokenizer: Tokenizer, world: World) -> str:
-    """The tasks' figures, as lm-eval's table or its JSON."""
-    if world.size > 1:
-        raise UserError(f"tasks run in one process, not in {world.size}; leave torchrun out")
+def benchmark(c: EvalConfig, tasks: list[str], model: GPT, tokenizer: Tokenizer, info: DistInfo) -> str:
+    """Return the figures of the tasks, as lm-eval's table or its JSON."""
+    if info.world_size > 1:
+        raise UserError(f"tasks run in one process, not in {info.world_size}; leave torchrun out")
     try:
         from lm_eval.utils import make_table
 
@@ -102,7 +102,7 @@ def benchmark(c: EvalConfig, tasks: list[str], model: GPT, tokenizer: Tokenizer,
 
 
 def require_tokenizer(corpus: data.Corpus, spec: dict[str, Any]) -> None:
-    """Raises UserError where the corpus was prepared with other token ids than the checkpoint's."""
+    """Raise UserError where the corpus was prepared with other token ids than the checkpoint's."""
     changed = [name for name in spec | corpus.meta["tokenizer"] if spec.get(name) != corpus.meta["tokenizer"].get(name)]
     if changed:
         shown = [str(tokenizer.get("name", tokenizer["kind"])) for tokenizer in (corpus.meta["tokenizer"], spec)]
@@ -113,33 +113,33 @@ def require_tokenizer(corpus: data.Corpus, spec: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, corpus: data.Corpus, stride: int, batch_size: int, dtype: str, world: World) -> float:
-    """Mean loss over the N - 1 targets of the split, in nats per token, summed in float64 over all ranks.
+def evaluate(model: GPT, corpus: data.Corpus, stride: int, batch_size: int, dtype: str, info: DistInfo) -> float:
+    """Return the mean loss over the N - 1 targets of the split, in nats per token, summed in float64 over all ranks.
 
-    The model is to be in eval mode. Raises UserError where the split has fewer than two tokens.
+    The model must be in eval mode. Raise UserError where the split has fewer than two tokens.
     """
     if corpus.tokens < 2:
         raise UserError(f"the {corpus.split} split of {corpus.folder} has {corpus.tokens} tokens, wanted 2 or more")
-    mine = windows(corpus.tokens, model.config.block_size, stride)[world.rank :: world.size]
+    mine = windows(corpus.tokens, model.config.block_size, stride)[info.rank :: info.world_size]
     total = torch.zeros((), dtype=torch.float64)
-    for i in tqdm(range(0, len(mine), batch_size), corpus.split, leave=False, disable=True if world.rank else None):
+    for i in tqdm(range(0, len(mine), batch_size), corpus.split, leave=False, disable=True if info.rank else None):
         rows = mine[i : i + batch_size]
         longest = max(end - start for start, _, end in rows)
         x = torch.zeros(len(rows), longest, dtype=torch.long)  # (B, T); what fills a short row stands after its tokens
         for row, (start, _, end) in zip(x, rows):
             row[: end - start] = torch.from_numpy(corpus.window(start, end - start))
-        with hardware.autocast(world.device, dtype):
-            logits = model(x.to(world.device))  # (B, T, V)
+        with hardware.autocast(info.device, dtype):
+            logits = model(x.to(info.device))  # (B, T, V)
         for row, (start, scored, end) in zip(logits, rows):
-            y = torch.from_numpy(corpus.window(scored, end + 1 - scored)).to(world.device)
+            y = torch.from_numpy(corpus.window(scored, end + 1 - scored)).to(info.device)
             losses = F.cross_entropy(row[scored - 1 - start : end - start].float(), y, reduction="none")
             total += losses.cpu().double().sum()
     # On the CPU, where gloo adds them: not every device has float64.
-    return (world.mean(total) * world.size / (corpus.tokens - 1)).item()
+    return (info.mean(total) * info.world_size / (corpus.tokens - 1)).item()
 
 
 def windows(tokens: int, block_size: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, scored, end) of each window: inputs start ... end - 1, targets scored ... end; the last may be shorter.
+    """Return (start, scored, end) of each window: inputs start ... end - 1, targets scored ... end.
 
     The targets of all windows are 1 ... tokens - 1, each once.
     """
@@ -154,7 +154,7 @@ def windows(tokens: int, block_size: int, stride: int) -> list[tuple[int, int, i
 
 
 def count_words(corpus: data.Corpus, tokenizer: Tokenizer) -> int:
-    """Words of the split as word-level papers count them: what white space separates, and one <eos> a line.
+    """Count the words of the split as word-level papers do: what white space separates, and one <eos> per line.
 
     So the WikiText-2 test split has its published 245,569.
     """
@@ -173,7 +173,7 @@ def count_words(corpus: data.Corpus, tokenizer: Tokenizer) -> int:
 
 
 def summary(nats: float, corpus: data.Corpus, words: int) -> dict[str, Any]:
-    """The mean loss in every unit. The first token of the split, which no window predicts, is charged the mean."""
+    """Return the mean loss in every unit. The first token, which no window predicts, is charged the mean."""
     total = nats * corpus.tokens
     return dict(
         targets=corpus.tokens - 1,
@@ -190,7 +190,7 @@ def exp(x: float) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """One line per figure."""
+    """Return one line per figure."""
     forms = {int: "{:,}", float: "{:,.6f}"}
     return "\n".join(f"{name:16}{forms.get(type(value), '{}').format(value)}" for name, value in results.items())
 

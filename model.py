@@ -22,7 +22,7 @@ from lpa import checks, init, structured
 from lpa.loss import chunked_cross_entropy
 
 
-@dataclass
+@dataclass(frozen=True)
 class LowDim:
     """The rank of each projection: 0 = dense, or 'blockdense:R:K' or 'blockshuffle:K' (lpa/structured.py)."""
 
@@ -35,7 +35,7 @@ class LowDim:
     down: int | str = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class GPTConfig:
     """The model. The defaults are setting 2 of the paper: RMSNorm first, SwiGLU, RoPE, no biases."""
 
@@ -79,10 +79,10 @@ class GPTConfig:
     """On the embeddings and on the output of attention and of the feed-forward."""
 
     def __post_init__(self) -> None:
-        self.attn_dim = self.n_embd if self.attn_dim is None else self.attn_dim
-        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
-        if self.ffn_dim is None:
-            self.ffn_dim = -(-8 * self.n_embd // 48) * 16 if self.mlp == "swiglu" else 4 * self.n_embd
+        ffn_dim = -(-8 * self.n_embd // 48) * 16 if self.mlp == "swiglu" else 4 * self.n_embd
+        for name, value in dict(attn_dim=self.n_embd, n_kv_head=self.n_head, ffn_dim=ffn_dim).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # as the dataclass is frozen
         checks.check_model(self)
 
     @property

@@ -1,11 +1,16 @@
-"""The matrices of a model: their numbers, the dense matrix of a factored one, and a table of all projections."""
+"""Counts of a model: its matrices, what it needs per token, and a table of its projections."""
 
+import itertools
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from config import TrainConfig
+from lpa import decode, planning
 from lpa.structured import BlockDense, BlockShuffle
-from model import GPT, LowRank
+from model import GPT, GPTConfig, LowRank
 
 
 def dense_weight(layer: Any) -> Tensor:
@@ -51,3 +56,70 @@ def table(model: GPT) -> str:
     if c.first_ffn_dense:
         lines.append("of the last block; the feed-forward of the first is dense")
     return "\n".join(lines + warnings)
+
+
+def count(c: GPTConfig, dtype: str, recompute: str = "none") -> dict[str, Any]:
+    """Return what needs no measurement; the weights are never in memory. Bytes per token are at block_size tokens."""
+    with torch.device("meta"):
+        model = GPT(c)
+    forward = model.flops_per_token()
+    return dict(
+        params=model.n_params(),
+        params_non_embedding=model.n_params(embeddings=False),
+        flops_per_token_forward=forward,
+        flops_per_token_train=3 * forward,
+        activation_bytes_per_token=planning.activation_bytes_per_token(c, dtype, recompute),
+        kv_bytes_per_token=2 * decode.cache_numbers_per_token(c),  # in bfloat16
+    )
+
+
+def least_bytes(
+    model: GPT, mode: str, optimizer: str, dtype: torch.dtype, batch_size: int, prompt: int, tokens: int
+) -> int:
+    """Return the bytes that the work of a mode of bench.py must read or write; activations are left out.
+
+    train    float32: each weight read in forward and again in backward, each gradient written and read, each weight
+             and its moments (two of AdamW, at least one of Muon) read and written by the optimizer
+    eval     float32: each weight read
+    prefill  in dtype: each weight read, and the cache of `prompt` tokens written
+    decode   in dtype, for each of `tokens` tokens of a sequence: each weight read, and all of its cache
+    Weights that are read are those of products and norms: a step looks up few rows of an embedding table.
+    """
+    params = model.n_params()
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} - {model.lm_head.weight}
+    read = params - sum(p.numel() for p in tables)
+    if mode == "train":
+        moments = 2 if optimizer == "adamw" else 1
+        return 4 * (2 * read + 2 * params + 2 * (1 + moments) * params)
+    if mode == "eval":
+        return 4 * read
+    cached = batch_size * decode.cache_numbers_per_token(model.config)  # numbers per token in all rows
+    if mode == "prefill":
+        return dtype.itemsize * (read + cached * prompt)
+    return dtype.itemsize * (tokens * read + cached * (tokens * prompt + tokens * (tokens + 1) // 2))
+
+
+def comparison(results: dict[str, Any], options: TrainConfig) -> str:
+    """Return the results in columns: the model, what it is compared with, and the ratio."""
+    gpt = options.gpt
+    ranks = ", ".join(f"{name} {rank}" for name, rank in asdict(gpt.lowdim).items() if rank) or "none"
+    model, (other, reference) = results["model"], list(results.items())[1]
+    lines = [
+        f"{gpt.n_layer} layers, n_embd {gpt.n_embd}, T {gpt.block_size}, vocabulary {gpt.vocab_size:,}, ranks: {ranks}",
+        f"{'':32}{'model':>16}{other:>16}{'ratio':>9}",
+    ]
+    for key, value in reference.items():
+        if not isinstance(value, int | float) or key in ("matmul_flops_per_second", "copy_bytes_per_second"):
+            continue
+        shown = [f"{v:,}" if isinstance(v, int) else f"{v:,.3f}" for v in (model[key], value)]
+        lines.append(f"{key:32}{shown[0]:>16}{shown[1]:>16}{model[key] / value:9.3f}")
+    if "ms_median" in model:
+        for name, other in itertools.combinations(results, 2):
+            ratio = results[name][f"ratio_to_{other}"]
+            quartiles = "{:.3f} to {:.3f}".format(*ratio["ms_quartiles"])
+            times = f"time {ratio['ms']:.3f} (quartiles {quartiles})"
+            lines.append(f"{name} over {other}: {times}, counted FLOPs {ratio['flops']:.3f}")
+        rates = [model["matmul_flops_per_second"] / 1e12, model["copy_bytes_per_second"] / 1e9]
+        lines.append(f"mfu is of {rates[0]:.3g} TFLOP/s, measured here on a large {options.dtype} matrix product")
+        lines.append(f"roofline: the counted FLOPs at that rate or the bytes at that of a copy, {rates[1]:.3g} GB/s")
+    return "\n".join(lines)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
@@ -30,7 +31,7 @@ INSTALL = "needs: pip install safetensors tokenizers"
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a class of transformers is called and computes, in our words and in its own."""
+    """The name of a class of transformers and what it computes, in our words and in its own."""
 
     class_name: str
     model_type: str
@@ -117,22 +118,26 @@ GPT2 = Architecture(
     ties=True,
     transposed=True,
 )
+# Every option of a model is in `options` or `computes` of its class, or here; a new one is refused until it is.
+FREE = {"vocab_size", "lowdim", "first_ffn_dense", "factor_init", "zero_init", "dropout"}  # trained weights hold them
+APART = {"attn_dim", "n_kv_head", "rope_theta", "rope_dim", "bias", "tie_embeddings"}  # see architecture, config_json
 NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # tables that older versions saved
 
 
-def architecture(model: GPT) -> Architecture:
-    """The class that computes what this model does. Raises UserError that says in one line why there is none."""
-    c, kv = model.config, model.config.n_kv_head
+def architecture(c: GPTConfig) -> Architecture:
+    """Return the class that computes what such a model does. Raise UserError that names what no class can have."""
     known = GPT2 if c.pos == "learned" else LLAMA
     why = [
         f"{name} = {getattr(c, name)!r} (wanted {wanted!r})"
         for name, wanted in known.computes.items()
         if getattr(c, name) != wanted
     ]
+    new = {field.name for field in dataclasses.fields(c)} - known.options.keys() - known.computes.keys() - FREE - APART
+    why += [f"{name} = {getattr(c, name)!r} (unknown to lpa/hf.py: map it there, or list it)" for name in sorted(new)]
     if known is GPT2 and c.attn_dim != c.n_embd:
         why.append(f"attn_dim = {c.attn_dim} (wanted n_embd = {c.n_embd})")
-    if known is GPT2 and kv != c.n_head:
-        why.append(f"n_kv_head = {kv} (wanted n_head = {c.n_head})")
+    if known is GPT2 and c.n_kv_head != c.n_head:
+        why.append(f"n_kv_head = {c.n_kv_head} (wanted n_head = {c.n_head})")
     if known is LLAMA and c.n_embd % c.n_head:
         why.append(f"n_embd = {c.n_embd} (wanted a multiple of n_head = {c.n_head})")
     if why:
@@ -141,7 +146,7 @@ def architecture(model: GPT) -> Architecture:
 
 
 def modules(known: Architecture, c: GPTConfig) -> Iterator[tuple[str, list[str]]]:
-    """Their name of each module that has weights, and ours, several where theirs stacks them; a tied head has none."""
+    """Yield their name of each module that has weights, and ours, several where theirs stacks them."""
     for ours, theirs in known.outside.items():
         if ours != "lm_head" or not c.tie_embeddings:
             yield theirs, [ours]
@@ -150,8 +155,8 @@ def modules(known: Architecture, c: GPTConfig) -> Iterator[tuple[str, list[str]]
             yield f"{known.blocks}.{layer}.{theirs}", [f"transformer.h.{layer}.{name}" for name in names]
 
 
-def turned(known: Architecture, weight: Tensor, name: str) -> Tensor:
-    """A matrix between our (out, in) and theirs; `name` is ours."""
+def in_layout(known: Architecture, weight: Tensor, name: str) -> Tensor:
+    """Return a matrix in their layout from ours (out, in), or back; `name` is ours."""
     return weight.T if known.transposed and (".attn." in name or ".mlp." in name) else weight
 
 
@@ -159,16 +164,16 @@ def turned(known: Architecture, weight: Tensor, name: str) -> Tensor:
 
 
 def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any]) -> None:
-    """Write `target` whole, in place of an earlier export there. `origin` is for people, in export.json.
+    """Write `target` completely or not at all, in place of an earlier export. `origin` goes into export.json.
 
-    Raises UserError where the model or the tokenizer has no equal there, or the disk does not take it.
+    Raise UserError where the model or the tokenizer has no equal there, or the disk does not take it.
     """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError(f"export.py {INSTALL}") from None
-    known = architecture(model)
+    known = architecture(model.config)
     refuse_foreign(target)
     if tokenizer.vocab_size > len(model.lm_head.weight):
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {len(model.lm_head.weight)} of them")
@@ -206,8 +211,45 @@ def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any
         raise UserError(f"could not write {target}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def twin(c: GPTConfig) -> nn.Module:
+    """Return a dense model of this shape in transformers' own class, to compare speed with, attention by SDPA.
+
+    Llama rotates also where pos = 'none', as it has no form without.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("comparing with transformers needs it: pip install 'transformers>=4.56,<6'") from None
+    c = dataclasses.replace(c, pos="rope") if c.pos == "none" else c
+    if c.dropout:
+        raise UserError(f"dropout is {c.dropout}, wanted 0 against transformers")
+    options = config_json(architecture(c), c, c.vocab_size) | dict(bos_token_id=None, eos_token_id=None)
+    config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+class Twin(nn.Module):
+    """transformers' model of a dense GPT's shape, trained and evaluated by the same code as ours.
+
+    Its own are: a float32 residual stream under autocast, and in decoding its default cache and generate().
+    """
+
+    def __init__(self, c: GPTConfig) -> None:
+        super().__init__()
+        self.hf: Any = twin(c)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        logits = self.hf(idx, use_cache=False).logits
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def compile_as(self, mode: str) -> None:
+        layers = self.hf.base_model.layers if self.hf.config.model_type == "llama" else self.hf.base_model.h
+        for module in {"off": [], "model": [self.hf], "block": layers}[mode]:
+            module.compile(dynamic=False)
+
+
 def refuse_foreign(target: Path) -> None:
-    """Raises UserError where writing `target` would destroy what is not an export."""
+    """Raise UserError where writing `target` would destroy what is not an export."""
     if target.exists() and not (target.is_dir() and ((target / "export.json").exists() or not any(target.iterdir()))):
         raise UserError(f"{target} is there and is no export; wanted a new or empty folder, or an earlier export")
 
@@ -225,7 +267,7 @@ def config_json(known: Architecture, c: GPTConfig, vocab_size: int) -> dict[str,
 
 
 def tokenizer_options(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
-    """tokenizer_config.json: as ours, what looks like a special token in a text is ordinary text."""
+    """Return tokenizer_config.json. As with us, a special token written in a text is ordinary text."""
     written = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size)
     written |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
     written |= dict(model_input_names=["input_ids", "attention_mask"])
@@ -238,7 +280,7 @@ def tokenizer_options(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def tensors(known: Architecture, model: GPT, vocab_size: int) -> dict[str, Tensor]:
-    """Every weight under its name there. GPT-2 always has biases: where we have none, they are zero."""
+    """Return every weight under its name there. GPT-2 always has biases: where we have none, they are zero."""
     named = {}
     for theirs, ours in modules(known, model.config):
         layers: list[Any] = [model.get_submodule(name) for name in ours]
@@ -249,7 +291,7 @@ def tensors(known: Architecture, model: GPT, vocab_size: int) -> dict[str, Tenso
             named[f"{theirs}.bias"] = torch.cat([layer.bias for layer in layers])
         elif known is GPT2 and ours[0] != "transformer.wpe":
             named[f"{theirs}.bias"] = torch.zeros(len(weight))
-        named[f"{theirs}.weight"] = turned(known, weight, ours[0]).contiguous()
+        named[f"{theirs}.weight"] = in_layout(known, weight, ours[0]).contiguous()
     return named
 
 
@@ -349,7 +391,7 @@ def read_model(folder: Path, bias: bool = False) -> GPT:
                 stored[name] = partial(torch.zeros, shape)
             if name not in stored:
                 raise UserError(f"{folder} has no tensor {name}")
-            tensor = turned(known, stored[name](), ours[0]) if part == "weight" else stored[name]()
+            tensor = in_layout(known, stored[name](), ours[0]) if part == "weight" else stored[name]()
             if tensor.shape != shape:
                 raise UserError(f"{name} in {folder} is of shape {tuple(tensor.shape)}, wanted {shape}")
             for parameter, piece in zip(parameters, tensor.split([len(p) for p in parameters])):

@@ -1,4 +1,4 @@
-"""lm-eval on a model of ours as it is, in batches and with its cache: what eval.py --tasks runs.
+"""Run the tasks of lm-eval on a model, in batches and with its cache: eval.py --tasks.
 
 A request is scored as lm-eval's own hf backend scores it, so an exported model gets the same figures.
 
@@ -19,7 +19,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-import recurrent
 from config import UserError
 from data.tokenizers import END_OF_TEXT, Tokenizer
 from lpa import decode, hardware
@@ -29,13 +28,12 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]  # the token ids of a context, an
 
 
 class NativeLM(TemplateLM):
-    """The three kinds of requests that lm-eval makes. The model is to be in eval mode."""
+    """Answers the three kinds of requests that lm-eval makes. The model must be in eval mode."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, batch_size: int, dtype: str = "float32") -> None:
         super().__init__()
         self.model, self.tokens, self.batch_size, self.dtype = model, tokenizer, batch_size, dtype
         self.max_length = model.config.block_size
-        self.carried = isinstance(model, recurrent.RecurrentGPT)
 
     @property
     def device(self) -> torch.device:
@@ -43,7 +41,7 @@ class NativeLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text that has no context; as in sample.py, 0 where no token ends one."""
+        """Return what stands before a text without context; as in sample.py, 0 where no token ends one."""
         return 0 if self.tokens.end_of_text is None else self.tokens.end_of_text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -52,7 +50,7 @@ class NativeLM(TemplateLM):
     # Likelihoods
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of each whole text, in windows of block_size that share one token."""
+        """Return log p of each text, in windows of block_size that share one token."""
         texts = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.max_length, 1)
@@ -63,7 +61,7 @@ class NativeLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(text, context, continuation) -> log p of the continuation, and whether greedy decoding gives it."""
+        """Return log p of each continuation, and whether greedy decoding gives it, of (text, context, continuation)."""
         pairs = [self.shortened(context, continuation) for _, context, continuation in requests]
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i]))  # equal contexts together
         found: dict[int, tuple[float, bool]] = {}
@@ -72,7 +70,7 @@ class NativeLM(TemplateLM):
         return [found[i] for i in range(len(pairs))]
 
     def shortened(self, context: list[int], continuation: list[int]) -> Pair:
-        """Without the context's first tokens, where the model could not see all. UserError if nothing were left.
+        """Drop the context's first tokens where the model could not see all. Raise UserError if nothing were left.
 
         lm-eval moves the spaces at a context's end to what follows, so that one of spaces alone is empty here.
         """
@@ -90,7 +88,7 @@ class NativeLM(TemplateLM):
         # What several continuations share is read once, where it is the longer part and padding leaves it its place.
         shared = len(contexts) < len(batch) and longest <= width and width + longest - 1 <= self.max_length
         with hardware.autocast(self.device, self.dtype):
-            states = self.states_by_context(contexts, batch) if shared and not self.carried else self.states(batch)
+            states = self.states_by_context(contexts, batch) if shared else self.states(batch)
             logits = self.model.lm_head(torch.cat(states))[:, : self.tokens.vocab_size].float()  # (all tokens, V)
         tokens = [token for _, continuation in batch for token in continuation]
         targets = torch.tensor(tokens, dtype=torch.long, device=self.device)  # there may be none
@@ -100,7 +98,7 @@ class NativeLM(TemplateLM):
         return [(score.sum().item(), bool(greedy.all())) for score, greedy in parts]
 
     def states(self, batch: list[Pair]) -> list[Tensor]:
-        """What the head reads before each token of each continuation: a tensor (its tokens, C) a request."""
+        """Return what the head reads before each token of each continuation: (its tokens, C) per request."""
         x = self.model.hidden(
             self.padded([context + continuation[:-1] for context, continuation in batch])
         )  # (B, T, C)
@@ -108,22 +106,22 @@ class NativeLM(TemplateLM):
         return [row[i : i + len(continuation)] for row, i, (_, continuation) in zip(x, starts, batch)]
 
     def states_by_context(self, contexts: list[tuple[int, ...]], batch: list[Pair]) -> list[Tensor]:
-        """As states, from a cache of the contexts, a row of which serves every continuation."""
+        """Return the same, from a cache of the contexts, a row of which serves every continuation."""
         cache = decode.new_cache(self.model, len(contexts))
         idx = self.padded(contexts, left=True)  # (G, S)
         cache.padding = torch.tensor([idx.size(1) - len(context) for context in contexts], device=self.device)
-        first = self.model.hidden(idx, cache, last=True)  # (G, 1, C)
+        first = self.model.hidden(idx, cache)[:, -1:]  # (G, 1, C)
         rows = torch.tensor([contexts.index(context) for context, _ in batch], device=self.device)
         x = first[rows]  # (B, 1, C)
         later = self.padded([continuation[:-1] for _, continuation in batch])  # (B, T)
         if later.size(1):
-            cache.held = {name: tensor[:, rows] for name, tensor in cache.held.items()}
+            cache.held = [{name: tensor[rows] for name, tensor in layer.items()} for layer in cache.held]
             cache.padding = cache.padding[rows]
             x = torch.cat([x, self.model.hidden(later, cache)], dim=1)  # (B, 1 + T, C)
         return [row[: len(continuation)] for row, (_, continuation) in zip(x, batch)]
 
     def padded(self, rows: Iterable[tuple[int, ...]], left: bool = False) -> Tensor:
-        """Rows of unequal length as one tensor, zeros after them, or before them."""
+        """Return rows of unequal length as one tensor, with zeros after or before them."""
         rows = list(rows)
         idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for row, tokens in zip(idx, rows):
@@ -133,12 +131,12 @@ class NativeLM(TemplateLM):
     # Text
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text after each context, up to a stop string, the end of text or the task's number of tokens."""
+        """Return the text after each context, up to a stop string, the end of text or the task's number of tokens."""
         prompts = [(tuple(self.tok_encode(context)), options) for context, options in (r.args for r in requests)]
         order = sorted(range(len(prompts)), key=lambda i: (repr(prompts[i][1]), -len(prompts[i][0])))
         written: dict[int, str] = {}
         for _, alike in itertools.groupby(order, key=lambda i: repr(prompts[i][1])):
-            for batch in batches(list(alike), 1 if self.carried else self.batch_size):
+            for batch in batches(list(alike), self.batch_size):
                 contexts, (options, *_) = zip(*(prompts[i] for i in batch))
                 written |= zip(batch, self.write(list(contexts), options))
         return [written[i] for i in range(len(prompts))]
@@ -155,11 +153,8 @@ class NativeLM(TemplateLM):
         luck = (options.get("temperature") or 0.0, options.get("top_k"), options.get("top_p"))
         idx = self.padded(contexts, left=True)  # (B, T)
         with hardware.autocast(self.device, self.dtype):
-            if isinstance(self.model, recurrent.RecurrentGPT):
-                steps = recurrent.generate(self.model, idx, *amount, *luck)
-            else:
-                lengths = torch.tensor(list(map(len, contexts)), device=self.device)
-                steps = decode.generate(self.model, idx, *amount, *luck, lengths=lengths)
+            lengths = torch.tensor(list(map(len, contexts)), device=self.device)
+            steps = decode.generate(self.model, idx, *amount, *luck, lengths=lengths)
             drawn: list[list[int]] = [[] for _ in contexts]
             for step in steps:
                 for row, token in zip(drawn, step.tolist()):
@@ -181,7 +176,7 @@ def batches(items: list[int], size: int) -> list[list[int]]:
 
 
 def run_tasks(lm: TemplateLM, names: list[str], num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
-    """lm-eval's results of tasks by name or YAML file. Raises UserError where one is unknown, or its data missing."""
+    """Return lm-eval's results of tasks by name or YAML file. Raise UserError where one or its data is missing."""
     files = [name for name in names if name.endswith((".yaml", ".yml"))]
     manager = TaskManager(include_defaults=len(files) < len(names))
     for name in set(names) - set(files) - set(manager.all_tasks):

@@ -23,11 +23,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import Dtype, TrainConfig, UserError
 from lpa import hardware, optim
+from lpa.recompute import apply_recompute
 from model import GPT, GPTConfig
 
 ALLOWANCE = 0.1  # of a GPU's memory, for what is not counted
@@ -43,7 +45,7 @@ def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
     limit = int((1 - ALLOWANCE) * size_of(memory))
     rows: dict[str, dict[str, Any]] = {}
     for engine in ("ddp", "fsdp"):
-        for recompute in ("none", "latents", "block"):
+        for recompute in ("none", "elementwise", "latents", "block"):
             option = replace(c, recompute=recompute)
             need = needed(option, engine, gpus)
             largest = largest_batch(lambda n, o=option, e=engine: needed(at(o, n), e, gpus).total, limit)
@@ -74,7 +76,7 @@ def size_name(size: int) -> str:
 
 
 def at(
-    c: TrainConfig, batch_size: int, recompute: Literal["none", "latents", "block"] | None = None
+    c: TrainConfig, batch_size: int, recompute: Literal["none", "elementwise", "latents", "block"] | None = None
 ) -> TrainConfig:
     return replace(c, batch_size=batch_size, recompute=recompute or c.recompute)
 
@@ -123,8 +125,6 @@ def resident(c: GPTConfig, optimizer: Literal["adamw", "muon"], dtype: Dtype, sh
 
     Of rank 0, which has the first of `shares` parts of every tensor along its first dimension, the largest.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     def part(t: Tensor) -> int:
         return t.nbytes if t.ndim == 0 else -(-len(t) // shares) * (t.nbytes // len(t))
 
@@ -132,7 +132,7 @@ def resident(c: GPTConfig, optimizer: Literal["adamw", "muon"], dtype: Dtype, sh
         model = GPT(c, seed=None)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        optimizers = optim.make_optimizers(model, TrainConfig(optimizer=optimizer, dtype=dtype))
+        optimizers = optim.make_optimizers(model, TrainConfig(c, optimizer=optimizer, dtype=dtype))
         with LiveStorages() as storages:
             for o in optimizers * 2:  # the moments are there in the second step
                 storages.peak = storages.now
@@ -175,12 +175,9 @@ def step_peak(c: GPTConfig, dtype: str, batch_size: int, recompute: str, sharded
     The gradients that are there already do not count, as in any micro-step but the first. Sharded: the weights are of
     dtype from the start and the gradients of a block leave at once; see gathered_bytes for what that leaves out.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         model = GPT(c, seed=None)
-        for block in model.transformer.h:
-            block.recompute = recompute
+        apply_recompute(model, recompute)
         if sharded:
             for p in model.parameters():
                 p.data = p.data.to(hardware.DTYPES[dtype])
@@ -229,13 +226,10 @@ def activation_bytes_per_token(c: GPTConfig, dtype: str, recompute: str = "none"
     is fused, and keeps its output and log-sum-exp. The difference of two batch sizes leaves out what does not grow with
     the batch, such as the weights' copies in dtype.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     alive = []
     with FakeTensorMode():
         model = GPT(c, seed=None)
-        for block in model.transformer.h:
-            block.recompute = recompute
+        apply_recompute(model, recompute)
         for batch_size in (1, 2):
             idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
             with LiveStorages() as storages, hardware.autocast(CPU, dtype):
@@ -283,12 +277,12 @@ def table(plan: dict[str, Any], memory: str) -> str:
     lines = [
         f"GB on each of {plan['gpus']} GPUs, batch_size {plan['batch_size']}, T {plan['block_size']}, {plan['dtype']},"
         f" {plan['optimizer']}; of {memory} {usable} to use, as {ALLOWANCE:.0%} is left to what is not counted",
-        f"{'':13}" + "".join(f"{name.replace('_', ' '):>15}" for name in (*names, "total")) + f"{'largest batch':>15}",
+        f"{'':17}" + "".join(f"{name.replace('_', ' '):>15}" for name in (*names, "total")) + f"{'largest batch':>15}",
     ]
     for row in rows:
         shown = "".join(f"{row[name] / 1e9:15.3f}" for name in (*names, "total"))
         too_much = "" if row["fits"] else "  does not fit"
-        lines.append(f"{row['engine']:5}{row['recompute']:8}{shown}{row['largest_batch_size']:15,}{too_much}")
+        lines.append(f"{row['engine']:5}{row['recompute']:12}{shown}{row['largest_batch_size']:15,}{too_much}")
     lines += [
         "total = parameters + gradients + optimizer + the larger of (gathered + activations) and optimizer step",
         "not counted: fragmentation, CUDA context, cuBLAS's and NCCL's buffers; what torch.compile saves or adds",

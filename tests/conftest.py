@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
-from config import load_config, user_errors
+from config import TrainConfig, load_config, user_errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,11 +84,17 @@ def script(arguments: tuple[str, ...], streams: list[Path]) -> None:
     runpy.run_path(arguments[0], run_name="__main__")
 
 
+def main_of(arguments: list[str]) -> None:
+    """Call main of train.py, or of a module such as experiments.recurrent.train, which has Options of its own."""
+    module = importlib.import_module(arguments[0].removesuffix(".py"))
+    module.main(load_config(arguments[1:], vars(module).get("Options", TrainConfig)))
+
+
 def run_here(arguments: list[str]) -> None:
-    """train.py in this process, which saves the seconds of a start; an error is raised."""
+    """Train in this process, which saves the seconds of a start; an error is raised."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        train.main(load_config(arguments[1:]))
+        main_of(arguments)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -104,7 +109,7 @@ def start(arguments: list[str], output: Path, env: dict[str, str] | None = None,
 
     What it prints goes to the file `output`; hook = 'module.function' is called in it first.
     """
-    process = FORKSERVER.Process(target=child, args=(arguments[1:], output, env or {}, hook))
+    process = FORKSERVER.Process(target=child, args=(arguments, output, env or {}, hook))
     process.start()
     return process
 
@@ -128,7 +133,7 @@ def child(arguments: list[str], output: Path, env: dict[str, str], hook: str) ->
         module, _, function = hook.rpartition(".")
         getattr(importlib.import_module(module), function)()
     with user_errors():
-        train.main(load_config(arguments))
+        main_of(arguments)
 
 
 def run_ranks(
