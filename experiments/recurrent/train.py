@@ -47,6 +47,9 @@ class Options:
         for name, none in dict(shard=False, init_from=None, sample_interval=0).items():
             if (given := getattr(self.train, name)) != none:
                 raise ValueError(f"{name} is {given}, wanted {none}: train.py alone has it")
+        recompute = self.train.recompute  # the other modes need the same operations in each pass of a block
+        if self.model == "recurrent" and recompute not in ("none", "block"):
+            raise ValueError(f"recompute is {recompute}, wanted block or none for model = 'recurrent'")
 
 
 def main(c: Options) -> None:
