@@ -96,9 +96,9 @@ def as_run(log: Path, records: list[dict[str, Any]]) -> Run:
         raise UserError(f"{log} does not begin with the options of a run")
     start = starts[-1]  # the last one, where a run was resumed
     title = "".join(start["parameters"][:1])
-    counts = re.search(r"([\d,]+) parameters, ([\d,]+) of them in the blocks, ([\d,]+) FLOPs a token forward", title)
+    counts = re.search(r"([\d,]+) parameters, ([\d,]+) of them in the blocks, ([\d,]+) FLOPs per token forward", title)
     if not counts:
-        raise UserError(f"{log} does not tell the parameters and FLOPs of its model as model.describe does")
+        raise UserError(f"{log} does not tell the parameters and FLOPs of its model as lpa.counts.table does")
     parameters, in_blocks, flops = (int(count.replace(",", "")) for count in counts.groups())
     # What was not finite is null in the log.
     steps = [record for record in records if record.get("loss") is not None]
