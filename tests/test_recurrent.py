@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import TrainConfig, UserError
-from experiments.recurrent import sample
+from experiments.recurrent import lengths, sample
 from experiments.recurrent.model import RecurrentConfig, RecurrentGPT, generate, load
 from lpa import checkpoint, hardware, optim
 from lpa.planning import LiveStorages
@@ -81,45 +81,17 @@ def test_the_model_is_the_plain_loop_on_ragged_lengths(variant: str, alpha: floa
         torch.testing.assert_close(model(idx), plain(model, idx), rtol=1e-11, atol=1e-11)
 
 
-def test_one_chunk_is_the_block_twice_and_the_published_count() -> None:
-    model = make(0.5, n_layer=1, pos="none")
-    T = model.transformer.h[0]
-    x = model.transformer.wte(tokens(3))
-    expected = model.lm_head(model.transformer.norm(T(0.5 * x + T(x, None, None), None, None)))
-    torch.testing.assert_close(model(tokens(3)), expected)
+def test_counts_are_the_published_ones_and_logits_those_of_commit_f374173() -> None:
     shape = dict(n_layer=1, n_head=6, n_embd=96, vocab_size=16, block_size=4128, mlp="relu", norm="layernorm")
     with torch.device("meta"):
         copy = RecurrentGPT(GPTConfig(**shape, pos="learned", tie_embeddings=True), RecurrentConfig(32), None)
-    assert copy.n_params() == 508_705
-    assert copy.flops_per_token() == 470_016
-
-
-def test_weights_and_logits_are_those_of_commit_f374173() -> None:
+    assert (copy.n_params(), copy.flops_per_token()) == (508_705, 470_016)
     shape = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=20, block_size=64, pos="rope", rope_dim=4)
-    for alpha, total, loss in ((0.5, 67.13807799738152, 3.010401487350464), (0.0, 71.17492121, 2.9736316204071045)):
-        c = GPTConfig(**shape, lowdim=LowDim(q=4, k=4, v=4, o=4))
-        model, idx = RecurrentGPT(c, RecurrentConfig(4, alpha, False)), torch.arange(38).view(2, 19) % 20
+    c, idx = GPTConfig(**shape, lowdim=LowDim(q=4, k=4, v=4, o=4)), torch.arange(38).view(2, 19) % 20
+    for alpha, total, loss in ((0.5, 67.1380780, 3.0104015), (0.0, 71.1749212, 2.9736316)):
+        model = RecurrentGPT(c, RecurrentConfig(4, alpha, False))
         assert model(idx).double().abs().sum().item() == pytest.approx(total, rel=1e-6)
         assert model(idx, idx).item() == pytest.approx(loss, rel=1e-6)
-
-
-@pytest.mark.parametrize("variant", ["rope", "learned positions"])
-@pytest.mark.parametrize("alpha", [0.0, 0.7])
-def test_logits_depend_on_all_tokens_before_them_and_on_none_after(variant: str, alpha: float) -> None:
-    """Random changes of an embedding, since LayerNorm does not see a constant one."""
-    model, length = make(alpha, **VARIANTS[variant]), 19
-    x = model.transformer.wte.weight[tokens(length, batch=1)[0]].detach()
-    positions = torch.arange(length)[None]  # of a table of embeddings, one for each position
-    for i in (0, 3, 4, 10, 18):
-        changed = x.clone()
-        changed[i] += torch.randn(x.size(-1), generator=torch.Generator().manual_seed(i))
-        outs = []
-        for table in (x, changed):
-            model.transformer.wte = torch.nn.Embedding.from_pretrained(table)
-            outs.append(model(positions))
-        moved = (outs[0] - outs[1]).abs().amax(-1)[0]  # (T,)
-        assert (moved[:i] == 0).all()
-        assert (moved[i:] > 1e-12).all()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -139,6 +111,7 @@ def test_accumulating_carries_gradients_back_and_forgetting_does_not() -> None:
         model(tokens(17 * w), tokens(1)).backward()
         norms = model.transformer.wpe.weight.grad.unflatten(0, (17, w)).square().sum((1, 2)).sqrt()
         reach[alpha] = (norms[0] / norms[-1]).item()
+        assert (norms > 0).all()
     assert reach[0.0] < 1e-6
     assert reach[0.5] > 1e-2
 
@@ -164,12 +137,6 @@ def test_a_window_longer_than_the_training_sequences_still_rotates(alpha: float)
     assert torch.equal(torch.stack(drawn), torch.stack(expected))
 
 
-def test_the_loss_of_fewer_targets_is_that_of_the_last_positions() -> None:
-    model, idx = make(0.5), tokens(11)
-    expected = torch.nn.functional.cross_entropy(model(idx)[:, -3:].flatten(0, 1), tokens(3).flatten())
-    torch.testing.assert_close(model(idx, tokens(3)).double(), expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_recomputing_and_compiling_change_no_gradient(alpha: float, dtype: str) -> None:
@@ -190,7 +157,7 @@ def test_recomputing_and_compiling_change_no_gradient(alpha: float, dtype: str) 
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.05, 0.0), (0.95, 1.0)])
-def test_a_learned_alpha_comes_back_from_its_bounds(start: float, end: float) -> None:
+def test_a_learned_alpha_stays_in_its_bounds(start: float, end: float) -> None:
     model = make(start, learned=True).float()
     (optimizer,) = optim.make_optimizers(model, TrainConfig(model.config, learning_rate=0.1))
     model.alpha.grad = torch.tensor(start - end)  # leads beyond
@@ -198,12 +165,6 @@ def test_a_learned_alpha_comes_back_from_its_bounds(start: float, end: float) ->
     assert not 0 <= model.alpha.item() <= 1
     model.hold_alpha()
     assert model.alpha.item() == end
-    for _ in range(3):
-        optimizer.zero_grad()
-        ((model.alpha - 0.5) ** 2).backward()
-        optimizer.step()
-        model.hold_alpha()
-    assert 0 < model.alpha.item() < 1
 
 
 # --- Generation ----------------------------------------------------------------------------------------------------
@@ -299,3 +260,15 @@ def test_it_trains_on_a_corpus_resumes_and_writes_text(
         load(twin, torch.device("cpu"))
     with pytest.raises(UserError, match="is of another model: alpha"):
         checkpoint.load_model(full, torch.device("cpu"))
+
+
+def test_the_table_of_lengths_shows_that_a_state_does_not_grow(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    small = dict(lengths=(32, 64), plain_up_to=64, width=16, window=8, seconds=0.01, device="cpu")
+    lengths.main(lengths.Options(**small, results=tmp_path))
+    lines = (tmp_path / "recurrent_lengths.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| recurrent", "| plain"))]
+    kept = {(row[0], int(row[1])): int(row[5].replace(",", "")) for row in rows}
+    assert kept["recurrent", 32] == kept["recurrent", 64] == (2 * 3 * 8 + 3 * 8) * 16 * 4  # keys and values, three p
+    assert kept["plain", 64] == 2 * kept["plain", 32] == 2 * 64 * 16 * 4  # k and v
+    assert (tmp_path / "recurrent_lengths.png").exists()

@@ -1,6 +1,6 @@
 """Measure what a longer text costs the recurrent transformer and the plain one, from 1K to 64K tokens.
 
-    python -m experiments.recurrent.lengths        about 10 minutes on 2 cores; writes results/recurrent_lengths.md, .png
+    python -m experiments.recurrent.lengths        writes results/recurrent_lengths.md and .png
 
 Training is on one sequence: the time is that of forward and backward, the memory what a forward pass keeps for
 backward. The memory of generation is the State of the recurrent model, and the cache of the plain one.
