@@ -28,7 +28,7 @@ from torch import Tensor
 import data
 import train
 from config import TrainConfig, UserError, load_config, user_errors
-from lpa import counts, cpu, decode, hardware, hf, optim, planning
+from lpa import counts, decode, hardware, hf, optim, planning
 from lpa.distributed import DistInfo, parallelize
 from lpa.nonfinite import NonFiniteCheck
 from model import GPT, GPTConfig, LowDim
@@ -206,8 +206,6 @@ def prompt_length(c: BenchConfig, gpt: GPTConfig) -> int:
 
 
 def speed_up(model: GPT | hf.Twin, options: TrainConfig, info: DistInfo) -> None:
-    if info.device.type == "cpu":
-        cpu.install()
     if isinstance(model, hf.Twin):
         model.compile_as(hardware.choose_compile(options.compile, info.device))
     else:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import data
 from config import TrainConfig, UserError, as_command, load_config, user_errors
 from data.tokenizers import Tokenizer, load_tokenizer
-from lpa import checkpoint, cpu, decode, distributed, hardware, init_from, optim, run_folder
+from lpa import checkpoint, decode, distributed, hardware, init_from, optim, run_folder
 from lpa.distributed import DistInfo, StopSignal, full_tensor, gradient_sync, hang_report, init_distributed, parallelize
 from lpa.log import Log
 from lpa.nonfinite import NonFiniteCheck
@@ -46,7 +46,10 @@ def main(c: TrainConfig) -> None:
         info.close()
 
 
-def pretrain(c: TrainConfig, info: DistInfo) -> None:
+def pretrain(
+    c: TrainConfig, info: DistInfo, make_model: Callable[..., GPT] = GPT, before_step: Callable[..., int] | None = None
+) -> None:
+    """Train. An experiment may make another model, and turn (model, step) into the step whose data is read."""
     # --- Set-up: data, batch, folder -------------------------------------------------------------------------------
     hardware.keep_freed_memory(info.device)
     stop = StopSignal(info, c.max_hours)
@@ -73,12 +76,11 @@ def pretrain(c: TrainConfig, info: DistInfo) -> None:
 
     # --- Model and optimizer: new, or as the checkpoint in `folder` has them ---------------------------------------
     with torch.device(info.device):
-        model = GPT(c.gpt, c.seed if folder is None else None)
+        model = make_model(c.gpt, c.seed if folder is None else None)
     energy = {}
     if folder is None and c.init_from is not None:
         energy = init_from.start_from(Path(c.init_from), model, train_data.meta["tokenizer"])
-    kernels = cpu.install() if info.device.type == "cpu" else None
-    wrapped = parallelize(model, c, info)  # recompute, compile, DDP or FSDP, around the same parameters
+    wrapped = parallelize(model, c, info, find_unused=make_model is not GPT)
     optimizers = optim.make_optimizers(model, c)
     if folder is not None:
         checkpoint.restore(folder, model, optimizers)
@@ -90,8 +92,6 @@ def pretrain(c: TrainConfig, info: DistInfo) -> None:
     last_step = c.max_steps if c.stop_step is None else min(c.max_steps, c.stop_step)
     log = Log(run, c, state, model, tokens_per_step, last_step, info, resumed=folder is not None)
     log.start(c, asked, optimizers, train_data, val_data, micro_steps, folder)
-    if kernels:
-        log.say(kernels)
     if folder is None and c.init_from is not None:
         log.say(f"weights of {c.init_from}; {init_from.energy_table(energy)}")
         log.write(dict(step=0, energy_kept=energy))
@@ -129,7 +129,8 @@ def pretrain(c: TrainConfig, info: DistInfo) -> None:
         # Learning rate, batch and dropout are functions of the step, so a resume has no state of theirs to restore.
         rate = optim.set_learning_rate(optimizers, step, c)
         seed_dropout(c.seed, step, info.rank)
-        batches = micro_batches(train_data, c, step, micro_steps, info)
+        data_step = step if before_step is None else before_step(model, step)
+        batches = micro_batches(train_data, c, data_step, micro_steps, info)
         loss, norm = train_step(wrapped, batches, micro_steps, optimizers, scaler, check, c, info)
         state["step"] = step = step + 1
         state["tokens"] += tokens_per_step

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import TrainConfig, UserError
-from lpa import hardware
+from lpa import cpu, hardware
 from lpa.recompute import apply_recompute
 
 REPORT_SECONDS = 5.0  # how long the ranks that saw a time-out wait for others to report one
@@ -218,12 +218,15 @@ def catch_signals() -> tuple[list[str], dict[int, Any]]:
 def parallelize(model: Any, c: TrainConfig, info: DistInfo, find_unused: bool = False) -> nn.Module:
     """Apply what makes training smaller, faster or distributed, in place, and return what the loop calls.
 
-    The order matters: recompute wraps the forward of a block, compile then sees all that a block does, and DDP or FSDP
-    exchange gradients around the compiled blocks. Parameters keep their names, and model.py knows nothing of it.
+    The order matters: CPU kernels replace PyTorch's own, recompute wraps the forward of a block, compile then sees all
+    that a block does, and DDP or FSDP exchange gradients around the compiled blocks. Parameters keep their names, and
+    model.py knows nothing of it.
 
     FSDP makes each block a group that is gathered while it computes; embeddings, last norm and head are one more. The
     shards of the weights stay float32 and are gathered in c.dtype. find_unused: some steps leave out some parameters.
     """
+    if info.device.type == "cpu":
+        cpu.install()
     apply_recompute(model, c.recompute)
     mode = hardware.choose_compile(c.compile, info.device)
     for module in {"off": [], "model": [model], "block": model.transformer.h}[mode]:

@@ -12,7 +12,7 @@ import torch
 
 from config import TrainConfig, UserError
 from data import Corpus
-from lpa import counts, hardware, optim
+from lpa import counts, cpu, hardware, optim
 from lpa.distributed import DistInfo
 from model import GPT
 
@@ -115,6 +115,8 @@ class Log:
             f"a step: {self.tokens_per_step:,} tokens = {c.batch_size} sequences x {c.gpt.block_size} tokens"
             f" x {self.ranks} ranks x {micro_steps} micro-steps"
         )
+        if not torch.cuda.is_available():
+            self.say(cpu.install())  # what parallelize has installed
         step = self.clock_step
         done = f": no step is left of {self.last_step:,}" if step >= self.last_step else ""
         self.say(f"continuing from {folder}{done}" if folder else f"writing to {self.run}")

@@ -8,36 +8,37 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from config import TrainConfig
-from model import GPT
+from lpa.structured import BlockDense, BlockShuffle
+from model import GPT, LowRank
+
+FACTORED = (LowRank, BlockDense, BlockShuffle)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Every parameter once, by the decay it gets.
+    """Return groups that hold every parameter once, by the decay it gets.
 
-    matrices and guides (structured.py): weight_decay. factors: half of it each, since (1 - d/2) A (1 - d/2) B decays
-    B A by d, as a dense matrix would. Embeddings, norms and biases: none; decay would pull rare tokens to zero between
-    their gradients.
+    matrices: weight_decay. factors: half of it each, since (1 - d/2) A (1 - d/2) B decays B A by d, as a dense matrix
+    would. Embeddings, norms and biases: none; decay would pull rare tokens to zero between their gradients.
     """
-    factors = {p for m in model.modules() if hasattr(m, "A") for p in (m.A, m.B)}
-    guides = {m.guide for m in model.modules() if hasattr(m, "guide")}
+    factors = {p for m in model.modules() if isinstance(m, FACTORED) for p in (m.A, m.B)}
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups = {name: [] for name in ("matrices", "factors", "guides", "embeddings", "vectors")}
+    groups = {name: [] for name in ("matrices", "factors", "embeddings", "vectors")}
     for p in model.parameters():
-        other = "guides" if p in guides else "matrices" if p.ndim > 1 else "vectors"
+        other = "matrices" if p.ndim > 1 else "vectors"
         groups["factors" if p in factors else "embeddings" if p in embeddings else other].append(p)
-    decay = dict.fromkeys(groups, 0.0) | {"matrices": weight_decay, "guides": weight_decay, "factors": weight_decay / 2}
+    decay = dict.fromkeys(groups, 0.0) | {"matrices": weight_decay, "factors": weight_decay / 2}
     return [dict(name=name, params=ps, weight_decay=decay[name]) for name, ps in groups.items() if ps]
 
 
 def make_optimizers(model: GPT, c: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
+    """Make AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Each skips a step by itself where its `found_inf` is 1, without asking the host.
+    Each skips a step by itself where its `found_inf` is 1, without waiting for the host.
     """
     groups = parameter_groups(model, c.weight_decay)
     muon = []
     if c.optimizer == "muon":
-        muon = [group for group in groups if group["name"] in ("matrices", "factors", "guides")]
+        muon = [group for group in groups if group["name"] in ("matrices", "factors")]
         head = model.lm_head.weight
         for group in muon:
             group["params"] = [p for p in group["params"] if p is not head]

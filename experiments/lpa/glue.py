@@ -32,11 +32,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from data.glue import Encoded, Task, batches, collate, metrics
 from torch import Tensor, nn
 
 from config import UserError, parse, user_errors
 from data import glue
-from data.glue import Encoded, Task, batches, collate, metrics
 from data.tokenizers import Tokenizer
 from lpa import checkpoint, hardware, optim
 from model import GPT

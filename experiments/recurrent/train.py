@@ -27,7 +27,7 @@ from data.tokenizers import load_tokenizer
 from experiments.recurrent import tasks
 from experiments.recurrent.model import RecurrentConfig, RecurrentGPT
 from experiments.recurrent.tasks import Copying, CopyTask
-from lpa import checkpoint, cpu, distributed, hardware, optim, run_folder
+from lpa import checkpoint, distributed, hardware, optim, run_folder
 from lpa.distributed import DistInfo
 from lpa.log import Log
 from lpa.nonfinite import NonFiniteCheck
@@ -89,8 +89,6 @@ def pretrain(o: Options, info: DistInfo) -> None:
     seed = c.seed if folder is None else None
     with torch.device(info.device):
         model = RecurrentGPT(c.gpt, o.recurrent, seed) if o.model == "recurrent" else GPT(c.gpt, seed)
-    if info.device.type == "cpu":
-        cpu.install()
     wrapped = distributed.parallelize(model, c, info)
     optimizers = optim.make_optimizers(model, c)
     if folder is not None:

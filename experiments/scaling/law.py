@@ -25,12 +25,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
+from experiments.scaling_fit import FEWEST_VALUES, Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
 
 import data
 from config import UserError, parse, user_errors
 from experiments import plot, scaling_plan
 from experiments.logs import NothingYet, Run, read_run
-from experiments.scaling_fit import FEWEST_VALUES, Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from data.copying import TASKS
+from experiments.lpa_models import Arm
 from lpa.guard import Guard
 from recurrent import new_model
 
@@ -20,7 +21,6 @@ import data
 import train as trainer
 from config import TrainConfig, UserError, as_arguments, load_config
 from experiments import lpa_runs
-from experiments.lpa_models import Arm
 from lpa import hardware, optim
 from lpa.distributed import World
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from lpa.cpu import linear
 from torch import Tensor
 
 from config import parse, user_errors
+from lpa.cpu import linear
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Grouped-query attention at 335M parameters: what wide_structured_m is compared with (arXiv 2406.16450, table 2).
 
-launch    torchrun --nproc_per_node=8 train.py config/gqa_m.py
+launch    torchrun --nproc_per_node=8 train.py experiments/structured/config/gqa_m.py
 hardware  8 GPUs of 80 GB
 time      not measured
 loss      published: perplexity 18.23 after 6.7B tokens of RefinedWeb; not measured here
 """
 
-from config.structured import *  # noqa: F403
-from config.structured import tokens_per_step
+from experiments.structured.config.structured import *  # noqa: F403
+from experiments.structured.config.structured import tokens_per_step
 
 out_dir = "out/gqa_m"
 

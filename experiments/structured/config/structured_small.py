@@ -1,6 +1,6 @@
 """The small case in which self-guided training was shown (arXiv 2406.16450, figure 3), on a CPU: 4 layers, rank 128.
 
-launch    python train.py config/structured_small.py --lowdim.up=128 --lowdim.down=128 --self_guided=0.5
+launch    python -m experiments.structured.train experiments/structured/config/structured_small.py --lowdim.up=128 --lowdim.down=128
 hardware  2 CPU cores
 time      not measured
 loss      published, WikiText-103: no spike where the unguided run has one, and a loss between it and dense
@@ -8,7 +8,7 @@ loss      published, WikiText-103: no spike where the unguided run has one, and 
 Published: 3,000 steps; rate and batch are not known. results/structured_ffn_small.md has dense, unguided and guided.
 """
 
-from config.structured import *  # noqa: F403
+from experiments.structured.config.structured import *  # noqa: F403
 
 out_dir = "out/structured_small"
 dataset = "wikitext103"

@@ -1,13 +1,13 @@
 """Wide and structured, 464M parameters: half as wide heads, a feed-forward of rank 768 (arXiv 2406.16450, table 2).
 
-launch    torchrun --nproc_per_node=8 train.py config/wide_structured_l.py
+launch    torchrun --nproc_per_node=8 train.py experiments/structured/config/wide_structured_l.py
 hardware  8 GPUs of 80 GB
 time      not measured
 loss      published: perplexity 14.27 after 23.4B tokens of RefinedWeb; not measured here
 """
 
-from config.structured import *  # noqa: F403
-from config.structured import tokens_per_step
+from experiments.structured.config.structured import *  # noqa: F403
+from experiments.structured.config.structured import tokens_per_step
 
 out_dir = "out/wide_structured_l"
 

@@ -1,0 +1,115 @@
+"""Train a model with structured layers that dense matrices guide at first (arXiv 2406.16450).
+
+    python -m experiments.structured.train experiments/structured/config/structured_small.py --self_guided=0.5
+    python -m experiments.structured.train experiments/structured/config/structured.py --self_guided=flops
+    torchrun --nproc_per_node=2 -m experiments.structured.train ... --resume
+
+The guided phase comes first; its end is saved without the guides, and train.py's own loop continues from there. So a
+run may be stopped and resumed in either phase, and its checkpoints after the first are those of any other run.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+import data
+import train
+from config import TrainConfig, UserError, load_config, user_errors
+from data.tokenizers import load_tokenizer
+from experiments.structured import guides
+from lpa import checkpoint, distributed
+from model import GPT, GPTConfig, LowDim
+
+
+@dataclass(frozen=True)
+class Options:
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    self_guided: float | Literal["flops"] = 0.5
+    """Share of the steps in which a dense matrix beside each factored layer guides it, with falling weight. flops: as
+    many as bring the run to the training FLOPs of the dense twin, and as many steps more, which see the tokens of the
+    guided ones again."""
+
+    def __post_init__(self) -> None:
+        if self.self_guided != "flops" and not 0 < self.self_guided <= 1:
+            raise ValueError(f"self_guided is {self.self_guided}, wanted a share above 0, at most 1, or flops")
+        if not any(vars(self.train.gpt.lowdim).values()):
+            raise ValueError("lowdim leaves every matrix dense, wanted factored ones to guide")
+        if self.train.shard or self.train.init_from is not None:
+            raise ValueError("shard and init_from are options of train.py alone")
+
+
+def main(o: Options) -> None:
+    c, guided_steps, new_steps = plan(o)
+    run = Path(c.out_dir)
+    info = distributed.init_distributed(c.device, c.hang_timeout)
+    with distributed.hang_report(info, c.hang_timeout):
+        begun = info.run_on_rank_0(lambda: newest_step(run) if c.resume != "never" else None)
+        if begun is None or begun < guided_steps:
+            train.pretrain(replace(c, stop_step=guided_steps), info, guided_model, before_step(c, guided_steps))
+        if info.run_on_rank_0(lambda: newest_step(run)) >= guided_steps:  # else it was told to stop
+            info.run_on_rank_0(lambda: drop_saved_guides(run))
+            if c.stop_step is None or c.stop_step > guided_steps:
+                # The tokens of the guided steps are seen again at the end, where there are more steps than new_steps.
+                again = replace(c, resume="must")
+                train.pretrain(again, info, before_step=lambda model, step: step % new_steps)
+        info.close()
+
+
+def plan(o: Options) -> tuple[TrainConfig, int, int]:
+    """Return the options, of more steps with self_guided = 'flops', the guided steps, and the steps over new data."""
+    c, ratio, new_steps = o.train, o.self_guided, o.train.max_steps
+    if ratio == "flops":
+        gpt = train.with_vocabulary(c, data.open_corpus(c.dataset, "train")).gpt
+        with torch.device("meta"):
+            low, dense = GPT(gpt), GPT(replace(gpt, lowdim=LowDim()))
+        ratio = guides.fixed_flop_ratio(dense.flops_per_token(), low.flops_per_token(), guides.guide_flops(low))
+        if not 0 < ratio <= 1:
+            raise UserError(f"self_guided is flops, but would be {ratio:.2f} of the steps, wanted above 0, at most 1")
+    guided_steps = round(ratio * new_steps)
+    if not guided_steps:
+        raise UserError(f"self_guided is {o.self_guided} of {new_steps} steps, less than one: wanted more of either")
+    if o.self_guided == "flops":
+        c = replace(c, max_steps=new_steps + guided_steps, warmup_steps=round((1 + ratio) * c.warmup_steps))
+    return c, guided_steps, new_steps
+
+
+def guided_model(gpt: GPTConfig, seed: int | None) -> GPT:
+    model = GPT(gpt, seed)
+    guides.add_guides(model)
+    return model
+
+
+def before_step(c: TrainConfig, guided_steps: int) -> Callable[[GPT, int], int]:
+    def set_guides(model: GPT, step: int) -> int:
+        guides.set_guides(model, step, guided_steps, c.seed)
+        return step
+
+    return set_guides
+
+
+def newest_step(run: Path) -> int | None:
+    return checkpoint.newest(run)[1].get("step")
+
+
+def drop_saved_guides(run: Path) -> None:
+    """Save the end of the guided phase again without the guides, if that has not happened."""
+    folder, manifest = checkpoint.find(run)
+    tensors = {
+        f"{part}.{name}": tensor
+        for part in ("model", "optimizer")
+        for name, tensor in checkpoint.load_tensors(folder, part).items()
+    }
+    if any(name.endswith(".guide") for name in tensors):
+        tokenizer = load_tokenizer(folder, manifest["tokenizer"])
+        state = {name: value for name, value in manifest.items() if name not in ("files", "sha256", "tokenizer")}
+        checkpoint.save(run, guides.without_guides(tensors), state, tokenizer)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(load_config(sys.argv[1:], Options, __doc__))
