@@ -47,7 +47,8 @@ class Options:
         for name, none in dict(shard=False, init_from=None, sample_interval=0).items():
             if (given := getattr(self.train, name)) != none:
                 raise ValueError(f"{name} is {given}, wanted {none}: train.py alone has it")
-        recompute = self.train.recompute  # the other modes need the same operations in each pass of a block
+        # Under autocast, a block's second pass reuses the cast weights of its first: selective recomputation would fail.
+        recompute = self.train.recompute
         if self.model == "recurrent" and recompute not in ("none", "block"):
             raise ValueError(f"recompute is {recompute}, wanted block or none for model = 'recurrent'")
 
