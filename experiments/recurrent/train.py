@@ -47,7 +47,7 @@ class Options:
         for name, none in dict(shard=False, init_from=None, sample_interval=0).items():
             if (given := getattr(self.train, name)) != none:
                 raise ValueError(f"{name} is {given}, wanted {none}: train.py alone has it")
-        # Under autocast, a block's second pass reuses the cast weights of its first: selective recomputation would fail.
+        # Selective recomputation fails under autocast: a block's second pass reuses the cast weights of its first.
         recompute = self.train.recompute
         if self.model == "recurrent" and recompute not in ("none", "block"):
             raise ValueError(f"recompute is {recompute}, wanted block or none for model = 'recurrent'")
