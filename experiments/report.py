@@ -1,42 +1,43 @@
-"""One page about any runs, to look at and to send: what differs, curves, samples, singular values, figures of bench.py.
+"""Write one HTML page about any runs: what differs, curves, samples and final figures. Nothing in it is fetched.
 
     python -m experiments.report out/dense_cpu out/lpa_cpu --out=results/report.html
-    python -m experiments.report out/*_cpu --bench=bench_train.json --singular_values=false
-
-Reads log.jsonl, the newest checkpoint, and bench*.json in the run folder, which `bench.py ... --json > RUN/bench.json`
-writes, where they are there. The page holds everything in itself: no script, no network, pictures as vectors.
 """
 
 import dataclasses
 import datetime
 import html
 import io
-import json
-import math
 import re
+import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
 from config import UserError, parse, user_errors
-from experiments import plot, spectrum
+from experiments import plot
 from experiments.logs import SILENT, Run, name_runs, read_run, require_common_axis
 from lpa import checkpoint
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-POINTS = 500  # of a curve in a picture, more than its width in points of print
+POINTS = 500  # of a curve in a picture
 SAMPLES = 4  # of a run, from the first to the last
-SAMPLE_LENGTH = 500  # characters
-NAME_LENGTH = 40  # of a run; where what sets it apart takes more, its folder is its name
-WIDTH = 5.4  # inches; as wide as a phone is in points, so that letters keep their size there
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body {{ max-width: 44rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }}
+h2 {{ font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #bbb; padding-top: 0.7rem; }}
+.wide {{ overflow-x: auto; }} svg {{ width: 100%; height: auto; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }}
+pre {{ font-size: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+</style></head><body>
+<h1>{title}</h1><p>{about}</p>
+{sections}
+</body></html>
+"""
 
 
 @dataclass(frozen=True)
@@ -45,33 +46,25 @@ class Options:
     """Run folders, or log.jsonl files of any name."""
     out: Path = Path("results/report.html")
     title: str = "Training runs"
-    bench: tuple[Path, ...] = ()
-    """What `bench.py --json` printed, besides bench*.json in the run folders."""
-    singular_values: bool = True
-    """Of the newest checkpoints; large models take minutes."""
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("no run is named, wanted one or more run folders")
 
 
-@dataclass
-class Section:
-    """A heading and what stands below it."""
-
-    title: str
-    parts: list[str] = field(default_factory=list)
-    """HTML."""
-
-
 def main(o: Options) -> None:
     runs = [read_run(path) for path in dict.fromkeys(o.runs)]
     names = label_runs(runs)
-    sections = [overview(runs, names), differences(runs, names), curves(runs, names), samples(runs, names)]
-    if o.singular_values:
-        sections.append(singular_values(runs, names))
-    sections += [bench_figures(o.bench, runs, names), machines(runs, names), details(runs, names)]
-    text = page(o.title, [section for section in sections if section.parts])
+    sections = {
+        "Runs": table(names, [overview(run) for run in runs]),
+        "What differs": table(names, differences(runs)),
+        "Curves": curves(runs, names),
+        "Samples": samples(runs, names),
+        "Machines": table(names, [run.start["versions"] | {"device": run.start["device"]} for run in runs]),
+    }
+    body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in sections.items() if part)
+    about = f"{datetime.date.today()}, written by: python -m experiments.report {shlex.join(sys.argv[1:])}"
+    text = PAGE.format(title=html.escape(o.title), about=html.escape(about), sections=body)
     try:
         o.out.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(o.out, text)
@@ -81,310 +74,94 @@ def main(o: Options) -> None:
 
 
 def label_runs(runs: list[Run]) -> list[str]:
-    """What sets each run apart, where that is short; else its folder. No two are the same."""
+    """Return what sets each run apart, where that is short; else its folder. No two are the same."""
     names = name_runs([run.options for run in runs], SILENT)
-    folders = [run.path.parent.name for run in runs]
-    for labels in (names, folders):
-        if len(set(labels)) == len(labels) and all(0 < len(label) <= NAME_LENGTH for label in labels):
-            return labels
-    return [str(run.path.parent if run.path.name == "log.jsonl" else run.path) for run in runs]
+    short = len(set(names)) == len(names) and all(0 < len(name) <= 40 for name in names)
+    return names if short else [str(run.path.parent) for run in runs]
 
 
-# --- Sections --------------------------------------------------------------------------------------------------------
+def overview(run: Run) -> dict[str, Any]:
+    step = run.steps[-1] if run.steps else dict(step=0, tokens=0, seconds=0.0)
+    last = run.evaluations[-1] if run.evaluations else {}
+    speeds = [s["tokens_per_second"] for s in run.steps if s.get("tokens_per_second")]
+    return {
+        "folder": str(run.path.parent),
+        "parameters": run.parameters,
+        "parameters in the blocks": run.parameters_in_blocks,
+        "training FLOPs per token": run.flops_per_token,
+        "step": f"{step['step']:,} of {run.options['max_steps']:,}" + ("" if run.finished else ", not finished"),
+        "training tokens": step["tokens"],
+        "training seconds": round(step["seconds"]),
+        "tokens per second, median": round(np.median(speeds)) if speeds else None,
+        "last validation loss (nats per token)": last.get("val_loss"),
+        "lowest validation loss": min((e["val_loss"] for e in run.evaluations), default=None),
+        "bits per byte": last.get("val_bits_per_byte"),
+    }
 
 
-def overview(runs: list[Run], names: list[str]) -> Section:
-    rows = []
-    for run in runs:
-        step = run.steps[-1] if run.steps else dict(step=0, tokens=0, seconds=0.0)
-        evaluation = run.evaluations[-1] if run.evaluations else {}
-        best = min((e["val_loss"] for e in run.evaluations), default=None)
-        speeds = [s["tokens_per_second"] for s in run.steps if s.get("tokens_per_second")]
-        rows.append({
-            "folder": str(run.path.parent),
-            "parameters": run.parameters,
-            "of them in the blocks": run.parameters_in_blocks,
-            "FLOPs a token, training": run.flops_per_token,
-            "step": f"{step['step']:,} of {run.options['max_steps']:,}" + ("" if run.finished else ", not finished"),
-            "training tokens": step["tokens"],
-            "training time": duration(step["seconds"]),
-            "tokens a second, median": round(np.median(speeds)) if speeds else None,
-            "last validation loss (nats a token)": decimals(evaluation.get("val_loss")),
-            "lowest validation loss": decimals(best),
-            "last validation loss (bits a byte)": decimals(evaluation.get("val_bits_per_byte")),
-        })  # fmt: skip
-    return Section("Runs", [table(names, {name: [row[name] for row in rows] for name in rows[0]})])
+def differences(runs: list[Run]) -> list[dict[str, Any]]:
+    """Return for each run the options that are not the same in all of them."""
+    names = {name: None for run in runs for name in run.options if name != "out_dir"}  # a set that keeps its order
+    differing = [name for name in names if len({repr(run.options.get(name)) for run in runs}) > 1]
+    return [{name: run.options.get(name) for name in differing} for run in runs]
 
 
-def differences(runs: list[Run], names: list[str]) -> Section:
-    """Every option but out_dir, which is the folder above."""
-    differing = {name: values for name, values in options_of(runs).items() if len(set(map(repr, values))) > 1}
-    if len(runs) == 1:
-        return Section("What differs")
-    parts = [table(names, differing)] if differing else [paragraph("Nothing: all options are the same.")]
-    return Section("What differs", parts)
-
-
-def options_of(runs: list[Run]) -> dict[str, list[Any]]:
-    """Option -> its value in each run, "None" as text, and None where an older run has no such option."""
-    every = {name: None for run in runs for name in run.options if name != "out_dir"}  # a set that keeps its order
-    told = [{name: "None" if value is None else value for name, value in run.options.items()} for run in runs]
-    return {name: [options.get(name) for options in told] for name in every}
-
-
-def curves(runs: list[Run], names: list[str]) -> Section:
-    section = Section("Curves")
+def curves(runs: list[Run], names: list[str]) -> str:
     try:
         require_common_axis(runs, "loss")
         shown = ["loss", "val_loss"]
-    except UserError:
+    except UserError:  # the runs read other tokens
         shown = ["bits_per_byte"]
-        section.parts.append(paragraph("The runs read other tokens, so only their bits a byte can be compared."))
+    parts = []
     for y in shown:
-        having = [(run, name) for run, name in zip(runs, names) if (run.steps if y == "loss" else run.evaluations)]
-        if any(len(run.steps if y == "loss" else run.evaluations) > 1 for run, _ in having):  # else the table says it
-            section.parts.append(draw_curves(y, *map(list, zip(*having))))
-    return section
+        records = [run.steps if y == "loss" else run.evaluations for run in runs]
+        having = [i for i, record in enumerate(records) if len(record) > 1]
+        if having:
+            parts.append(draw(y, [runs[i] for i in having], [names[i] for i in having]))
+    return "\n".join(parts)
 
 
-def draw_curves(y: str, runs: list[Run], names: list[str]) -> str:
+def draw(y: str, runs: list[Run], names: list[str]) -> str:
+    """Return the curves as an SVG; `y` keeps its ids apart from those of other pictures on the page."""
     o = plot.Options(runs=tuple(run.path for run in runs), y=y, each_seed=True)
-    drawn, width = plot.make_curves(o, runs)  # a curve for each run, in their order
-    longest = max(len(curve.x) for curve in drawn)
-    drawn = [thinned(dataclasses.replace(curve, name=name)) for curve, name in zip(drawn, names)]
-    figure, axes = plot.new_figure(WIDTH, 3.0 + 0.2 * len(runs))
+    found, width = plot.make_curves(o, runs)
+    drawn = []
+    for name, curve in zip(names, found):
+        kept = np.linspace(0, len(curve.x) - 1, min(len(curve.x), POINTS)).round().astype(int)
+        values = {f.name: getattr(curve, f.name)[kept] for f in dataclasses.fields(curve) if f.name != "name"}
+        drawn.append(dataclasses.replace(curve, name=name, **values))
+    figure, axes = plot.new_figure(5.4, 3.0 + 0.2 * len(runs))
     plot.draw_curves(o, drawn, width, axes[0, 0])
-    axes[0, 0].set_ylabel(plot.Y[y])
     plot.add_legend(figure, axes[0, 0])
-    caption = f"{plot.Y[y].partition(' (')[0].capitalize()}"
-    caption += f", the mean over {width:,.0f} tokens around each point." if width else ", each evaluation a point."
-    if longest > POINTS:
-        caption += f" Curves are thinned out: of up to {longest:,} points, {POINTS} are drawn."
-    return picture(figure, caption, y)
+    written = io.StringIO()
+    figure.savefig(written, format="svg", metadata={"Date": None})
+    svg = written.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{y}_", svg)
+    return re.sub(r'xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
 
 
-def thinned(curve: plot.Curve) -> plot.Curve:
-    """At most POINTS of its points, evenly spread, the first and the last among them."""
-    kept = evenly(len(curve.x), POINTS)
-    return plot.Curve(curve.name, *(values[kept] for values in (curve.x, curve.y, curve.low, curve.high)))
-
-
-def evenly(n: int, most: int) -> np.ndarray:
-    """Indices of at most `most` of n things."""
-    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
-
-
-def samples(runs: list[Run], names: list[str]) -> Section:
-    section = Section("Samples through training")
+def samples(runs: list[Run], names: list[str]) -> str:
+    parts = []
     for run, name in zip(runs, names):
-        if run.samples:
-            section.parts.append(f"<h3>{escape(name)}</h3>")
-        for i in evenly(len(run.samples), SAMPLES) if run.samples else []:
-            text = run.samples[i]["sample"]
-            text = text[:SAMPLE_LENGTH] + (" ..." if len(text) > SAMPLE_LENGTH else "")
-            section.parts.append(f"<h4>step {run.samples[i]['step']:,}</h4><pre class=text>{escape(text)}</pre>")
-    return section
+        for i in np.linspace(0, len(run.samples) - 1, min(len(run.samples), SAMPLES)).round().astype(int):
+            head = f"{name}, step {run.samples[i]['step']:,}"
+            parts.append(f"<h4>{html.escape(head)}</h4><pre>{html.escape(run.samples[i]['sample'][:500])}</pre>")
+    return "\n".join(parts)
 
 
-def singular_values(runs: list[Run], names: list[str]) -> Section:
-    spectra, section = {}, Section("Singular values")
-    for number, (run, name) in enumerate(zip(runs, names)):
-        if checkpoint.steps(run.path.parent):
-            try:
-                spectra[number] = spectra_of(run.path.parent)
-            except UserError as error:
-                section.parts.append(paragraph(f"{name}: {error}"))
-    sublayers = [s for s in ("q", "k", "v", "o", "gate", "up", "down") if any(s in found for found in spectra.values())]
-    if not sublayers:
-        return section
-    in_column = -(-len(sublayers) // 2)
-    figure, axes = plot.new_figure(WIDTH, 0.2 * len(spectra) + 1.9 * in_column, in_column, 2)
-    from matplotlib.ticker import NullFormatter  # after new_figure, which says where matplotlib is missing
-
-    for ax, sublayer in zip(axes.flat, sublayers):
-        for number, found in spectra.items():
-            if sublayer in found:
-                spectrum.draw_values(ax, found[sublayer], plot.style(number) | dict(label=names[number]))
-        ax.set_title(sublayer, fontsize=10)
-        ax.set_ylim(1e-3, 1.5)
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    for ax in axes.flat[len(sublayers) :]:
-        ax.set_visible(False)
-    for ax in axes[-1]:
-        ax.set_xlabel("number of the value")
-    plot.add_legend(figure, axes[0, 0])
-    caption = "Singular values over the largest: the mean over layers, in a band from the lowest to the highest."
-    section.parts.append(picture(figure, caption, "spectra"))
-    ranks = {
-        sublayer: [mean_rank(spectra.get(number, {}).get(sublayer)) for number in range(len(runs))]
-        for sublayer in sublayers
-    }
-    told = "Effective rank, exp(-sum p ln p) with p the singular values over their sum: the mean over layers."
-    section.parts += [paragraph(told), table(names, ranks)]
-    return section
-
-
-@torch.no_grad()
-def spectra_of(folder: Path) -> dict[str, list[Tensor]]:
-    """Sublayer -> the singular values of its matrix in each layer. Raises UserError where no checkpoint is whole."""
-    model, _, _ = checkpoint.load_model(folder, torch.device("cpu"), mapped=True)
-    found: dict[str, list[Tensor]] = {}
-    for block in model.transformer.h:
-        for sublayer in model.config.sublayers:
-            values = spectrum.spectrum(block.get_submodule(spectrum.place(sublayer)))
-            found.setdefault(sublayer, []).append(values)
-    return found
-
-
-def mean_rank(values: list[Tensor] | None) -> str | None:
-    if values is None:
-        return None
-    return f"{np.mean([spectrum.effective_rank(v) for v in values]):.1f} of {len(values[0])}"
-
-
-def bench_figures(given: tuple[Path, ...], runs: list[Run], names: list[str]) -> Section:
-    """A table for each file, with a column for each variant that it measured."""
-    stored = [(name, path) for run, name in zip(runs, names) for path in sorted(run.path.parent.glob("bench*.json"))]
-    section = Section("Figures of bench.py")
-    for name, path in [("", path) for path in given] + stored:
-        variants = read_bench(path)
-        rows = {figure: None for variant in variants.values() for figure in variant}
-        cells = {figure: [variant.get(figure) for variant in variants.values()] for figure in rows}
-        section.parts += [f"<h3>{escape(f'{name}: {path.name}' if name else path)}</h3>", table(list(variants), cells)]
-    return section
-
-
-def read_bench(path: Path) -> dict[str, dict[str, Any]]:
-    """Variant -> figure -> value, 'ratio_to_dense.ms' among them. Raises UserError where bench.py did not write it."""
-    try:
-        variants = json.loads(path.read_text(encoding="utf-8"))
-        flat = {}
-        for variant, figures in variants.items():
-            flat[variant] = {k: v for k, v in figures.items() if not isinstance(v, dict)}
-            for name, part in figures.items():
-                flat[variant] |= {f"{name}.{k}": v for k, v in part.items()} if isinstance(part, dict) else {}
-        return flat
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is not what bench.py --json prints") from None
-
-
-def machines(runs: list[Run], names: list[str]) -> Section:
-    rows = []
-    for run in runs:
-        rate = run.start.get("matmul_flops")
-        versions = {k: v or "none" for k, v in run.start["versions"].items()}
-        measured = {"ranks": run.start.get("ranks"), "large products (TFLOP/s)": rate and round(rate / 1e12, 3)}
-        rows.append({"device": run.start["device"], **measured, **versions})
-    every = {name: None for row in rows for name in row}
-    return Section("Machines and versions", [table(names, {name: [row.get(name) for row in rows] for name in every})])
-
-
-def details(runs: list[Run], names: list[str]) -> Section:
-    """Closed until someone opens them."""
-    shared = {name: values[:1] for name, values in options_of(runs).items() if len(set(map(repr, values))) == 1}
-    section = Section("Details", [folded(f"{len(shared)} options that all runs share", table(["all runs"], shared))])
-    for run, name in zip(runs, names):
-        layers = "\n".join(run.start["parameters"])
-        section.parts.append(folded(f"Parameters of {name}", f"<pre class=wide>{escape(layers)}</pre>"))
-    return section
-
-
-# --- HTML ------------------------------------------------------------------------------------------------------------
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ max-width: 44rem; margin: 2rem auto; padding: 0 1rem; color: #111; background: #fff;
-  font: 1rem/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.7rem; line-height: 1.2; margin-bottom: 0.3rem; }}
-h2 {{ font-size: 1.2rem; margin: 2.5rem 0 0.7rem; padding-top: 0.7rem; border-top: 1px solid #bbb; }}
-h3 {{ font-size: 1rem; margin: 1.5rem 0 0.4rem; }}
-h4 {{ font-size: 0.85rem; font-weight: normal; color: #444; margin: 0.8rem 0 0.2rem; }}
-.about, figcaption {{ font-size: 0.85rem; color: #444; margin: 0; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }}
-th:first-child {{ position: sticky; left: 0; background: #fff; }}
-thead th {{ border-bottom: 1px solid #111; vertical-align: bottom; }}
-td {{ min-width: 5rem; overflow-wrap: anywhere; }}
-tbody th {{ font-weight: normal; color: #444; min-width: 8rem; }}
-figure {{ margin: 1.2rem 0 1.8rem; }}
-svg {{ width: 100%; height: auto; }}
-pre {{ font: 0.8rem/1.45 ui-monospace, monospace; margin: 0 0 1rem; }}
-pre.text {{ white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #bbb; padding-left: 0.8rem; }}
-details {{ margin: 0.5rem 0; }}
-summary {{ cursor: pointer; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class=about>{about}</p>
-{sections}
-</body>
-</html>
-"""
-
-
-def page(title: str, sections: list[Section]) -> str:
-    about = f"{datetime.date.today()}, written by: python -m experiments.report {' '.join(sys.argv[1:])}"
-    body = "\n".join(f"<h2>{section.title}</h2>\n" + "\n".join(section.parts) for section in sections)
-    return PAGE.format(title=escape(title), about=escape(about), sections=body)
-
-
-def table(columns: list[str], rows: dict[str, list[Any]]) -> str:
-    """A column for each run; it scrolls by itself where the page is narrow."""
-    head = "<th></th>" + "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(f"<tr><th>{escape(name)}</th>{''.join(map(cell, values))}</tr>\n" for name, values in rows.items())
-    return f"<div class=wide><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
+def table(columns: list[str], runs: list[dict[str, Any]]) -> str:
+    """Return a table with a column for each run; '' where there is nothing to show."""
+    rows = {name: [run.get(name) for run in runs] for name in {name: None for run in runs for name in run}}
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in ("", *columns))
+    lines = [f"<th>{html.escape(name)}</th>{''.join(map(cell, values))}" for name, values in rows.items()]
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f"<div class=wide><table><tr>{head}</tr>\n{body}</table></div>" if rows else ""
 
 
 def cell(value: Any) -> str:
-    if isinstance(value, float):
-        shown = f"{value:,.0f}" if abs(value) >= 1e5 and math.isfinite(value) else f"{value:.5g}"
-    else:
-        shown = f"{value:,}" if type(value) is int else "–" if value is None else escape(value)
-    return f"<td>{shown}</td>"
-
-
-def picture(figure: "Figure", caption: str, name: str) -> str:
-    """The figure as SVG inside the page, its letters in the page's fonts; `name` keeps its ids apart from others'."""
-    import matplotlib
-
-    written = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.sans-serif": ["system-ui", "DejaVu Sans"]}):
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    svg = written.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", svg, count=5)  # of the svg element itself
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def folded(summary: str, contents: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{contents}</details>"
-
-
-def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
-
-
-def escape(text: object) -> str:
-    return html.escape(str(text))
-
-
-def decimals(loss: float | None) -> str | None:
-    return None if loss is None else f"{loss:.4f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s"
+    shown = f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+    return f"<td>{html.escape('-' if value is None else shown)}</td>"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Table 5: what is a pre-trained model worth on GLUE? Full fine-tuning of each run folder on each task.
 
-    python -m experiments.glue out/dense out/lpa --data=GLUE --out=results/glue_cpu.md
-    python -m experiments.glue out/lpa --data=GLUE --tasks CoLA SST-2 --max_examples=8000 --rates 3e-4 1e-3
+    python -m experiments.lpa.glue out/dense out/lpa --data=GLUE --out=results/glue_cpu.md
+    python -m experiments.lpa.glue out/lpa --data=GLUE --tasks CoLA SST-2 --max_examples=8000 --rates 3e-4 1e-3
 
 A linear head reads the state of a text's last token. Each text is followed by a newline, which so parts the two of a
 pair and is where the head reads; where they are longer than block_size, tokens go from the end of the longer one.
@@ -32,12 +32,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from data.glue import Encoded, Task, batches, collate, metrics
 from torch import Tensor, nn
 
 from config import UserError, parse, user_errors
-from data import glue
 from data.tokenizers import Tokenizer
+from experiments.lpa import glue_tasks as glue
+from experiments.lpa.glue_tasks import Encoded, Task, batches, collate, metrics
 from lpa import checkpoint, hardware, optim
 from model import GPT
 
@@ -363,7 +363,7 @@ def report(o: Options, tasks: list[Task], rows: list[Row], device: torch.device)
         "# GLUE, in the layout of the paper's table 5\n",
         f"Full fine-tuning, {o.seeds} seeds, torch {torch.__version__}, {hardware.describe(device)},",
         f"{datetime.date.today()}, {minutes:.0f} minutes for all that the table shows.",
-        f"Command: `python -m experiments.glue {' '.join(sys.argv[1:])}`\n",
+        f"Command: `python -m experiments.lpa.glue {' '.join(sys.argv[1:])}`\n",
         f"Recipe: {recipe}.",
         "Scores times 100 on the dev files after the last epoch, mean and standard deviation over seeds; no epoch and",
         "no learning rate was chosen on the dev files. A correlation counts as 0 where one answer is given every time.",

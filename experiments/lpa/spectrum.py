@@ -1,6 +1,6 @@
 """How many directions do the projections use? Spectra of a model's matrices, and of what they put out on real text.
 
-    python -m experiments.spectrum out/dense_cpu out/lpa_cpu --out=results/spectrum
+    python -m experiments.lpa.spectrum out/dense_cpu out/lpa_cpu --out=results/spectrum
 
 The paper explains why attention bears low rank and the FFN does not: it "tends to concentrate the output in several
 subspaces", which brings an attention layer's tokens "closer together" (section 3.3). That is about outputs, so they are
@@ -26,7 +26,7 @@ from config import UserError, parse, user_errors
 from experiments.logs import SILENT, flatten, name_runs
 from experiments.plot import add_legend, new_figure, save, style
 from lpa import checkpoint, hardware, init
-from model import Block, Dense, LowRank
+from model import Block, LowRank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,8 +90,8 @@ def main(o: Options) -> None:
 
 
 def measure(run: Path, o: Options, device: torch.device) -> tuple[list[Row], dict]:
-    """All rows of a model, and its flat options. One layer at a time is on the device; the rest stays in the file."""
-    model, _, manifest = checkpoint.load_model(run, torch.device("cpu"), mapped=True)
+    """Return all rows of a model, and its flat options. One layer at a time is on the device."""
+    model, _, manifest = checkpoint.load_model(run, torch.device("cpu"))
     corpus = data.open_corpus(o.dataset or manifest["options"]["dataset"], "val")
     if corpus.meta["tokenizer"] != manifest["tokenizer"]:
         raise UserError(f"the text of {corpus.folder} has another tokenizer than {run}; name its corpus with --dataset")
@@ -101,17 +101,18 @@ def measure(run: Path, o: Options, device: torch.device) -> tuple[list[Row], dic
     if c.pos == "learned":
         x = x + model.transformer.wpe.weight
     x = x.to(device)
-    rotation = None if model.rotation is None else model.rotation.to(device)
+    rope = None if model.rope is None else model.rope.to(device)
     rows = []
     for layer, block in enumerate(model.transformer.h):
         print(f"{run}: layer {layer + 1} of {c.n_layer}", flush=True)
         block.to(device)
-        x, outputs = run_block(block, x, rotation)
+        x, outputs = run_block(block, x, rope)
         for sublayer, y in outputs.items():
             matrix = block.get_submodule(place(sublayer))
             values = spectrum(matrix)
-            rank, (d_in, d_out) = matrix.rank, c.sublayers[sublayer]
-            shape = f"{d_in} x {d_out}" + (f", r {rank}" if rank else "")
+            d_in, d_out = c.projections[sublayer]
+            kind = getattr(c.lowdim, sublayer)
+            shape = f"{d_in} x {d_out}" + (f", r {kind}" if kind else "")
             output = effective_rank(torch.linalg.svdvals(exact(y.flatten(0, 1))))
             numbers = (stable_rank(values), effective_rank(values), output, mean_cosine(y))
             rows.append(Row(layer, sublayer, shape, values.cpu(), *numbers))
@@ -123,38 +124,35 @@ def place(sublayer: str) -> str:
     return f"attn.{sublayer}" if sublayer in "qkvo" else f"mlp.{sublayer}"
 
 
-def run_block(block: Block, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The block's result, and what each of its projections puts out (B, T, C_out), q and k before they turn."""
-    caught: dict[str, tuple[Tensor, Tensor]] = {}
+def run_block(block: Block, x: Tensor, rope: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the block's output, and that of each projection (B, T, C_out), of q and k before RoPE."""
+    caught: dict[str, Tensor] = {}
 
     def catch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        return module.register_forward_hook(lambda _, inputs, y: caught.update({name: (inputs[0], y)}))
+        return module.register_forward_hook(lambda _, inputs, y: caught.update({name: y}))
 
-    named = {"attn": block.attn, "o": block.attn.o, **dict(block.mlp.named_children())}
+    named = {name: block.attn.get_submodule(name) for name in "qkvo"} | dict(block.mlp.named_children())
     hooks = [catch(name, module) for name, module in named.items()]
-    result = block(x, rotation)
+    result = block(x, rope, None)
     for hook in hooks:
         hook.remove()
-    # Attention joins the first matrices of q, k and v into one product, so that they have no call to hook.
-    shared, _ = caught.pop("attn")
-    outputs = {name: block.attn.get_submodule(name)(shared) for name in "qkv"}
-    return result, outputs | {name: y for name, (_, y) in caught.items()}
+    return result, caught
 
 
 def exact(x: Tensor) -> Tensor:
-    """In float64 where the device has it."""
+    """Return x in float64 where the device has it."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 def spectrum(layer: nn.Module) -> Tensor:
-    """Singular values of a layer's matrix; of a low-rank one through QR of its factors, R of them."""
+    """Return the singular values of a layer's matrix; of a low-rank one R of them, through QR of its factors."""
     if isinstance(layer, LowRank):
         return init.product_svd(exact(layer.A), exact(layer.B))[1]
-    return torch.linalg.svdvals(exact(layer.weight if isinstance(layer, Dense) else layer.materialise()))
+    return torch.linalg.svdvals(exact(dense_weight(layer)))
 
 
 def stable_rank(values: Tensor) -> float:
-    """|W|_F^2 / |W|_2^2: the sum of the squared singular values over the largest of them."""
+    """Return |W|_F^2 / |W|_2^2: the sum of the squared singular values over the largest of them."""
     return (values.square().sum() / values[0].square()).item()
 
 
@@ -177,7 +175,7 @@ def write_table(o: Options, named: dict[str, list[Row]], device: torch.device) -
     lines = [
         "# Spectra of the projections and of their outputs\n",
         f"{hardware.describe(device)}, torch {torch.__version__}, {datetime.date.today()}.",
-        f"Command: `python -m experiments.spectrum {' '.join(sys.argv[1:])}`\n",
+        f"Command: `python -m experiments.lpa.spectrum {' '.join(sys.argv[1:])}`\n",
         "- Stable rank: the sum of the squared singular values over the largest of them.",
         "- Effective rank: exp(-sum p ln p), p the singular values over their sum (Roy and Vetterli, 2007).",
         f"- Outputs: of {o.tokens} tokens of the validation split, not centred, q and k before they turn.",

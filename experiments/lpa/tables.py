@@ -15,6 +15,7 @@ Writes results/lpa_table_N_SCALE.md.
 
 import dataclasses
 import datetime
+import itertools
 import math
 import shlex
 import signal
@@ -212,7 +213,7 @@ def crossing(runs: list[list[sweep.Run]]) -> str:
         gaps = [sweep.result(b)["val_loss"] - sweep.result(a)["val_loss"] for a, b in zip(dense, low)]
         points.append((counts(dense[0].config.gpt)[0], statistics.fmean(gaps)))
     found = ", ".join(f"{n / 1e6:.3g}M {gap:+.4f}" for n, gap in points)
-    for (n, gap), (m, following) in zip(points, points[1:]):
+    for (n, gap), (m, following) in itertools.pairwise(points):
         if gap > 0 >= following:
             size = n * (m / n) ** (gap / (gap - following))
             return f"LPA's val loss minus dense: {found}. LPA overtakes at about {size / 1e6:.3g}M parameters of dense."

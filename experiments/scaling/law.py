@@ -1,14 +1,14 @@
 """How should the size of a model grow with its data? A law fitted to finished runs, and what follows from it.
 
-    python -m experiments.scaling_law --plan --hours=6                             makes the runs of two families, then:
-    python -m experiments.scaling_law out/scaling/setting2_cpu --against out/scaling/setting2_cpu_dense
-    python -m experiments.scaling_law runs.csv --budget=1e18 --tokens=1e9          a table with columns N, D and loss
+    python -m experiments.scaling.law --plan --hours=6                             makes the runs of two families, then:
+    python -m experiments.scaling.law out/scaling/setting2_cpu --against out/scaling/setting2_cpu_dense
+    python -m experiments.scaling.law runs.csv --budget=1e18 --tokens=1e9          a table with columns N, D and loss
 
 Fits L(N, D) = E + A / N^alpha + B / D^beta and prints the compute-optimal N and D of a budget, the N of a given D, the
 interval of gamma in N ~ D^gamma that this fit's beta implies (Kausik, arXiv 2402.14746), and gamma as the runs show it
 without a law. With --against it says how much data, size or compute one family saves over the other. What the runs do
 not determine is refused. Every run is to have ended under a schedule of its own length, on data seen once: others are
-left out, and named. Writes OUT.md, OUT.png and OUT.svg. experiments/scaling_fit.py has the mathematics.
+left out, and named. Writes OUT.md, OUT.png and OUT.svg. experiments/scaling/fit.py has the mathematics.
 """
 
 import csv
@@ -25,12 +25,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from experiments.scaling_fit import FEWEST_VALUES, Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
 
 import data
 from config import UserError, parse, user_errors
-from experiments import plot, scaling_plan
+from experiments import plot
 from experiments.logs import NothingYet, Run, read_run
+from experiments.scaling import plan
+from experiments.scaling.fit import FEWEST_VALUES, Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Options:
     out: Path = Path("results/scaling")
     plan: bool = False
     """Propose a grid of runs for this machine, train it, and report."""
-    grid: Annotated[scaling_plan.Grid, tyro.conf.arg(name="")] = field(default_factory=scaling_plan.Grid)
+    grid: Annotated[plan.Grid, tyro.conf.arg(name="")] = field(default_factory=plan.Grid)
 
     def __post_init__(self) -> None:
         if bool(self.runs) == self.plan:
@@ -69,7 +70,7 @@ class Options:
 
 def main(o: Options) -> None:
     if o.plan:
-        folders = scaling_plan.train(o.grid)
+        folders = plan.train(o.grid)
         if o.grid.dry_run:
             return
         first, *others = folders[::-1]  # the first preset is what the others are compared with
@@ -78,7 +79,7 @@ def main(o: Options) -> None:
     require_same_measure([(points.name, points.measure) for points in families if points.measure])
     fits = [fit(points, o.resamples) for points in families]
     lines = ["# Scaling law\n", f"{datetime.date.today()}. N: {COUNTS[o.count]}. D: training tokens. C = 6 N D FLOPs."]
-    lines.append(f"Command: `python -m experiments.scaling_law {shlex.join(sys.argv[1:])}`\n")
+    lines.append(f"Command: `python -m experiments.scaling.law {shlex.join(sys.argv[1:])}`\n")
     for paths, fitted in zip((o.runs, o.against), fits):
         lines += [*report(o, fitted), *other_count(o, paths), ""]
     if o.against:

@@ -1,7 +1,7 @@
-"""The runs for a scaling law: sizes and lengths that fill the hours of this machine, trained with train.py.
+"""Plan and train the runs for a scaling law: sizes and lengths that fill the given hours of this machine.
 
 Each preset is a family. Its model is made at each width, everything else in proportion, and trained for lengths that
-double, each under a schedule of its own. See scaling_law.py.
+double, each under a schedule of its own. See experiments/scaling/law.py.
 """
 
 import dataclasses
@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data.copying import TASKS
-from experiments.lpa_models import Arm
-from lpa.guard import Guard
-from recurrent import new_model
 
 import data
 import train as trainer
 from config import TrainConfig, UserError, as_arguments, load_config
-from experiments import lpa_runs
+from experiments import sweep
 from lpa import hardware, optim
-from lpa.distributed import World
+from lpa.distributed import DistInfo
+from lpa.nonfinite import NonFiniteCheck
+from model import GPT
 
 START_SECONDS = 10  # of a process, until it trains
 FEWEST_STEPS = 50
@@ -59,25 +57,26 @@ class Grid:
 
 
 def train(g: Grid) -> list[Path]:
-    """Train what is missing of the plan -> the folder of each family. Raises UserError when stopped."""
+    """Train what is missing of the plan. Return the folder of each family. Raise UserError when stopped."""
     sizes = [(preset, shaped(g, preset, width)) for preset in g.presets for width in g.widths]
     lengths = planned_lengths(g, sizes)
     # The shortest of all sizes first: a plan that is cut short leaves a smaller grid, not a size without runs.
     runs = [make_run(g, preset, settings, steps) for steps in lengths for preset, settings in sizes]
     for run in runs:
-        N, in_blocks, _ = lpa_runs.count(run.config.gpt)
-        print(f"{run}: {N:,} parameters, {in_blocks:,} in the blocks, {lpa_runs.tokens_of(run.config):,} tokens")
-    if not g.dry_run:
-        # Of its options training reads jobs and nproc_per_node alone.
-        lpa_runs.train_all(lpa_runs.Options(table="size", jobs=g.jobs), runs, deadline=math.inf)
+        c = run.config
+        with torch.device("meta"):
+            model = GPT(c.gpt)
+        N, in_blocks = model.n_params(), model.n_params(embeddings=False)
+        tokens = c.max_steps * (c.tokens_per_step or c.batch_size * c.gpt.block_size)
+        print(f"{run.name}: {N:,} parameters, {in_blocks:,} in the blocks, {tokens:,} tokens")
+    if not g.dry_run and (failed := sweep.train_all(runs, sweep.SweepConfig(jobs=g.jobs))):
+        raise UserError("; ".join(failed))
     return [g.out_dir / Path(preset).stem for preset in g.presets]
 
 
 def shaped(g: Grid, preset: str, width: int) -> dict[str, Any]:
-    """What changes in a preset at another width."""
+    """Return what changes in a preset at another width."""
     c = load_config([preset])
-    if (task := g.dataset or c.dataset) in TASKS:
-        raise UserError(f"{preset} learns the generated task {task}, wanted a corpus, which gives a law in D")
     structured = [f"{name}={rank}" for name, rank in vars(c.gpt.lowdim).items() if isinstance(rank, str)]
     if structured:
         raise UserError(f"{preset} has lowdim.{structured[0]}, wanted ranks that are numbers: they follow the width")
@@ -88,15 +87,14 @@ def shaped(g: Grid, preset: str, width: int) -> dict[str, Any]:
     settings |= dict(learning_rate=c.learning_rate / share, min_lr=c.min_lr / share)
     settings |= dict(dataset=g.dataset or c.dataset, eval_tokens=g.eval_tokens, eval_interval=0)
     for name in ("attn_dim", "ffn_dim"):
-        if getattr(c.gpt, name) is not None:
-            settings[name] = round(share * getattr(c.gpt, name) / heads) * heads
+        settings[name] = round(share * getattr(c.gpt, name) / heads) * heads
     return settings
 
 
 def planned_lengths(g: Grid, sizes: list[tuple[str, dict[str, Any]]]) -> list[int]:
-    """Steps of each length: as the plan in out_dir says, or so that all runs together take the hours.
+    """Return the steps of each length: as the plan in out_dir says, or so that all runs together take the hours.
 
-    Kept in a file, since a machine is never twice as fast, and the same command is to go on with the same runs.
+    They are kept in a file: a machine is never equally fast twice, and the same command must continue the same runs.
     """
     path = g.out_dir / "plan.json"
     asked = json.loads(json.dumps(dataclasses.asdict(g) | dict(jobs=None, dry_run=None), default=str))
@@ -131,31 +129,25 @@ def planned_lengths(g: Grid, sizes: list[tuple[str, dict[str, Any]]]) -> list[in
 
 
 def seconds_per_step(c: TrainConfig, g: Grid) -> float:
-    """Of the fastest of the training steps that fit in a second, on random tokens."""
-    world = World(0, 1, hardware.choose_device(c.device))
+    """Return the time of the fastest training step of those that fit in a second, on random tokens."""
+    info = DistInfo(0, 1, hardware.choose_device(c.device))
     torch.set_num_threads(1 if g.jobs > 1 else torch.get_num_threads())
     c = trainer.with_vocabulary(c, *(data.open_corpus(c.dataset, split) for split in ("train", "val")))
-    c, micro_steps = trainer.share_step(c, world)
-    c = dataclasses.replace(c, dtype=hardware.choose_dtype(c.dtype, world.device))
-    model = new_model(c.model, c.gpt, c.recurrent, c.seed).to(world.device)
-    x = torch.randint(len(model.lm_head.weight), (c.batch_size, c.gpt.block_size), device=world.device)  # (B, T)
-    optimizers, guard = optim.make_optimizers(model, c), Guard(world.device)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=False)
+    c, micro_steps = trainer.share_step(c, info)
+    c = dataclasses.replace(c, dtype=hardware.choose_dtype(c.dtype, info.device))
+    model = GPT(c.gpt, c.seed).to(info.device)
+    x = torch.randint(len(model.lm_head.weight), (c.batch_size, c.gpt.block_size), device=info.device)  # (B, T)
+    optimizers, check = optim.make_optimizers(model, c), NonFiniteCheck(info.device)
+    scaler = torch.amp.GradScaler(info.device.type, enabled=False)
 
     def step() -> None:
-        trainer.train_step(model, iter([(x, x)] * micro_steps), micro_steps, optimizers, scaler, guard, c, world)
+        trainer.train_step(model, iter([(x, x)] * micro_steps), micro_steps, optimizers, scaler, check, c, info)
 
-    return hardware.fastest(step, world.device, seconds=1.0)
+    return hardware.fastest(step, info.device, seconds=1.0)
 
 
-def make_run(g: Grid, preset: str, settings: dict[str, Any], steps: int) -> lpa_runs.Run:
+def make_run(g: Grid, preset: str, settings: dict[str, Any], steps: int) -> sweep.Run:
     warmup = min(load_config([preset]).warmup_steps, steps // 10)
     settings = settings | dict(max_steps=steps, warmup_steps=warmup, save_interval=max(1, steps // 4))
-    arguments = [preset, *as_arguments(settings)]
-    c = load_config(arguments)
-    corpora = [data.open_corpus(c.dataset, split) for split in ("train", "val")]
-    c, _ = trainer.share_step(trainer.with_vocabulary(c, *corpora), World(0, 1, torch.device("cpu")))
-    family = Path(preset).stem
-    row = lpa_runs.Row(Arm(family, f"width {c.gpt.n_embd}", preset, {}), c, arguments)
-    fingerprints = tuple(corpus.fingerprint for corpus in corpora)
-    return lpa_runs.Run(row, c, arguments, fingerprints, g.out_dir / family, tuning=False)
+    name = f"width {settings['n_embd']} steps {steps}"
+    return sweep.make_run(name, [preset, *as_arguments(settings)], g.out_dir / Path(preset).stem)

@@ -17,13 +17,14 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import UserError
+from config import UserError, parse, user_errors
 from lpa import checkpoint, hardware
 
 SIZES = ("cpu", "130m_s1", "370m_s1", "130m", "370m", "3b")  # of the presets
@@ -47,7 +48,7 @@ def cpu_rows() -> list[str]:
     rows.append(f"{STEP} --mode=eval --against=dense,hf --pairs=15")
     rows.append("config/setting2_cpu.py --vocab_size=256 --mode=train --against=dense,hf --pairs=45")
     rows.append("config/lpa_cpu.py --vocab_size=256 --mode=train --pairs=45")
-    rows += [f"{T1024} --mode=count --recompute={recompute}" for recompute in ("none", "latents")]
+    rows += [f"{T1024} --mode=count --recompute={recompute}" for recompute in ("none", "elementwise", "latents")]
     for size in SIZES:  # a dense preset is the dense variant of the row of its twin
         rows.append(f"config/lpa_{size}.py --vocab_size={256 if size == 'cpu' else 32000} --mode=count")
     return rows
@@ -83,12 +84,18 @@ def gpu_rows() -> list[str]:
     ]
 
 
-def main(folder: Path, asked: str, device: torch.device) -> None:
-    """Measure the device's list; `asked` is the device option, as given."""
+@dataclass(frozen=True)
+class Options:
+    out_dir: Path = Path("results")
+    device: str = "auto"
+
+
+def main(o: Options) -> None:
+    device = hardware.choose_device(o.device)
     rows = gpu_rows() if device.type == "cuda" else cpu_rows()
-    if asked != "auto":
-        rows = [f"{row} --device={asked}" for row in rows]
-    measure(rows, folder / f"{short_name(device)}.json", device)
+    if o.device != "auto":
+        rows = [f"{row} --device={o.device}" for row in rows]
+    measure(rows, o.out_dir / f"{short_name(device)}.json", device)
 
 
 def short_name(device: torch.device) -> str:
@@ -113,7 +120,6 @@ def measure(rows: list[str], path: Path, device: torch.device) -> None:
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "bench.py", *shlex.split(row), "--json"],
-            cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
         )
@@ -157,12 +163,12 @@ def write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(path, text)
     except OSError as error:
-        raise UserError(f"cannot write to suite_dir {path.parent}: {error.strerror}") from None
+        raise UserError(f"cannot write to out_dir {path.parent}: {error.strerror}") from None
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A section per row: where and when it was measured, its command, its figures, its ratios."""
-    lines = ["# What `python bench.py --mode=suite` measured", ""]
+    lines = ["# What `python -m experiments.speed.suite` measured", ""]
     lines += ["mfu is of the machine's measured matmul rate. roofline is the least time that the counted FLOPs at that"]
     lines += ["rate, or the bytes that must move at the measured copy rate, would take, and the share of it reached."]
     for row in rows:
@@ -203,3 +209,8 @@ def count_table(results: dict[str, Any]) -> list[str]:
         cells = [key, *(f"{value:,}" for value in values), f"{values[0] / values[1]:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(parse(sys.argv[1:], Options, __doc__))

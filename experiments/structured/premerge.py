@@ -1,85 +1,113 @@
-"""Does a low-rank layer decode faster as its merged matrix B A, and layers that share an input as one joined matrix?
+"""Form the dense matrices of factored layers ahead, for decoding, where that is measured to be faster.
 
-    python -m experiments.premerge
+    python -m experiments.structured.premerge out/lpa_cpu
 
-For each width and number of tokens a table line: microseconds of CPU time on one thread, which other programs on the
-machine hardly change. It holds several copies of each layer, as a model has many layers, so that no weight is in a
-cache.
-
-Shapes: C width, R rank, F ffn width, N tokens.
+Prints which layers are merged, up to how many tokens per call, and the time per decoded token before and after. In
+results/decode_cpu.md merging was 1.4 to 2.2 times slower at C 768 and R 128, so sample.py does not do it.
 """
 
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
 
 from config import parse, user_errors
-from lpa.cpu import linear
+from experiments.structured.guides import FACTORED
+from lpa import checkpoint, decode, hardware
+from lpa.counts import dense_weight
+from model import GPT
+
+MOST_TOKENS = 1024  # of a call for which premerge tries the dense matrix
 
 
 @dataclass(frozen=True)
 class Options:
-    rounds: int = 15
-    """The median is printed."""
-    megabytes: int = 64
-    """Copies of the layers take at least so much together."""
+    run: tyro.conf.Positional[Path]
+    tokens: int = 64
 
 
-SHAPES = {"lpa_130m": (768, 128, 2048), "lpa_cpu": (192, 48, 512)}  # C, R, F
-TOKENS = (1, 2, 4, 8, 16, 32, 64)
+def main(o: Options) -> None:
+    device = hardware.choose_device()
+    model, _, _ = checkpoint.load_model(o.run, device)
+    idx = torch.zeros(1, 1, dtype=torch.long, device=device)
+
+    def draw() -> None:
+        for _ in decode.generate(model, idx, o.tokens, model.config.vocab_size, temperature=0):
+            pass
+
+    before = hardware.fastest(draw, device, seconds=2.0)
+    print("\n".join(premerge(model)))
+    after = hardware.fastest(draw, device, seconds=2.0)
+    print(f"ms per token: {1e3 * before / o.tokens:.3f} before, {1e3 * after / o.tokens:.3f} after")
+
+
+class Merged(nn.Module):
+    """A factored layer with its dense matrix beside it, which does not follow the factors.
+
+    A call of up to `few` tokens, batch and time together, takes the matrix, as it costs one product; a longer one takes
+    the factors, as they cost fewer FLOPs (arXiv 2406.16450).
+    """
+
+    weight: Tensor
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer, self.few = layer, 0
+        self.register_buffer("weight", dense_weight(layer).detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() <= self.few * x.size(-1):
+            return F.linear(x, self.weight, self.layer.bias)
+        return self.layer(x)
 
 
 @torch.inference_mode()
-def main(o: Options) -> None:
-    torch.set_num_threads(1)  # what is measured is the time of the calling thread
-    print(f"torch {torch.__version__}, 1 thread, microseconds; ratios over the form before\n")
-    columns = ["shape", "tokens"]
-    for before, after in (("B (A x)", "(B A) x"), ("q, k, v apart", "joined"), ("gate, up apart", "joined")):
-        columns += [before, after, "ratio"]
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, (C, R, F) in SHAPES.items():
-        copies = max(2, o.megabytes * 2**20 // (4 * 2 * F * C))
-        forms = layers(C, R, F, copies)
-        for N in TOKENS:
-            cells = times(forms, torch.randn(N, 1, C), copies, o.rounds)
-            ratios = [f"{a:.1f} | {b:.1f} | {b / a:.2f}" for a, b in zip(cells[::2], cells[1::2])]
-            print(f"| {name} | {N} | {' | '.join(ratios)} |", flush=True)
+def premerge(model: GPT) -> list[str]:
+    """Wrap the factored layers for which a dense matrix is faster, here and now. Return lines that say what was found.
+
+    k and v stay as they are where the cache keeps their latents, which need B apart.
+    """
+    rank_k, rank_v = decode.latent_ranks(model.config)
+    apart = {name for name, rank in (("k", rank_k), ("v", rank_v)) if rank}
+    groups: dict[tuple, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FACTORED) and name.rpartition(".")[2] not in apart:
+            groups.setdefault((type(layer).__name__, layer.A.shape, layer.B.shape), []).append(name)
+    lines, extra = [], 0
+    for (kind, *_), names in groups.items():
+        layers = [Merged(model.get_submodule(name)) for name in names]
+        few, (d_out, d_in) = few_tokens(layers), layers[0].weight.shape
+        found = f"merged for calls of up to {few} tokens" if few else "left apart, which is faster for one token too"
+        lines.append(f"{len(layers)} {kind} layers {d_in} -> {d_out}: {found}")
+        for name, layer in zip(names, layers):
+            if few:
+                layer.few = few
+                model.set_submodule(name, layer)
+                extra += layer.weight.nbytes
+    return [*lines, f"{extra / 1e6:.1f} MB of merged weights"]
 
 
-def layers(C: int, R: int, F: int, copies: int) -> list[Callable[[Tensor, int], object]]:
-    """The forms that are compared, two by two, of copy i applied to x (N, 1, C)."""
-    A, B, merged = weights(copies, R, C), weights(copies, C, R), weights(copies, C, C)
-    qkv, joined_qkv = weights(copies, 3, R, C), weights(copies, 3 * R, C)
-    gate_up, joined_gate_up = weights(copies, 2, F, C), weights(copies, 2 * F, C)
-    return [
-        lambda x, i: linear(linear(x, A[i]), B[i]),
-        lambda x, i: linear(x, merged[i]),
-        lambda x, i: [linear(x, w) for w in qkv[i]],
-        lambda x, i: linear(x, joined_qkv[i]).split(R, -1),
-        lambda x, i: [linear(x, w) for w in gate_up[i]],
-        lambda x, i: linear(x, joined_gate_up[i]).split(F, -1),
-    ]
+def few_tokens(layers: list[Merged]) -> int:
+    """Return up to how many tokens, of 1, 2, 4, ..., the matrices of these layers of one shape are faster; 0 = none."""
+    weight, few = layers[0].weight, 0
+    while (tokens := max(1, 2 * few)) <= MOST_TOKENS:
+        x = weight.new_ones(tokens, 1, weight.size(1))
+        if seconds_of(layers, x, few=tokens) >= seconds_of(layers, x, few=0):
+            break
+        few = tokens
+    return few
 
 
-def weights(*shape: int) -> Tensor:
-    return torch.randn(shape)
-
-
-def times(forms: list[Callable[[Tensor, int], object]], x: Tensor, copies: int, rounds: int) -> list[float]:
-    """Microseconds of one call of each form: the median of `rounds` passes over all copies, taken in turns."""
-    taken: list[list[float]] = [[] for _ in forms]
-    for _ in range(rounds + 1):  # the first warms up
-        for form, passes in zip(forms, taken):
-            start = time.thread_time()
-            for i in range(copies):
-                form(x, i)
-            passes.append(1e6 * (time.thread_time() - start) / copies)
-    return [statistics.median(passes[1:]) for passes in taken]
+def seconds_of(layers: list[Merged], x: Tensor, few: int) -> float:
+    """Return the time of all layers in turn, so that their weights come from cache or memory as in the model."""
+    for layer in layers:
+        layer.few = few
+    return hardware.fastest(lambda: [layer(x) for layer in layers], x.device, seconds=0.03)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The published dense model of structured feed-forwards (arXiv 2406.16450), size s; a grid of sizes as overrides.
 
-launch    torchrun --nproc_per_node=8 train.py experiments/structured/config/structured.py --lowdim.up=192 --lowdim.down=192
+launch    torchrun --nproc_per_node=8 train.py experiments/structured/config/structured.py --lowdim.up=192
 hardware  8 GPUs of 80 GB; any number that divides 512 sequences works
 time      not measured
 loss      published, RefinedWeb, nats a LLaMA token: dense 3.26, rank 384 3.30, rank 192 3.38; not measured here
