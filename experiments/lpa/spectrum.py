@@ -26,6 +26,7 @@ from config import UserError, parse, user_errors
 from experiments.logs import SILENT, flatten, name_runs
 from experiments.plot import add_legend, new_figure, save, style
 from lpa import checkpoint, hardware, init
+from lpa.counts import dense_weight
 from model import Block, LowRank
 
 if TYPE_CHECKING:

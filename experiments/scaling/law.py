@@ -30,7 +30,7 @@ import data
 from config import UserError, parse, user_errors
 from experiments import plot
 from experiments.logs import NothingYet, Run, read_run
-from experiments.scaling import plan
+from experiments.scaling import plan as runs_plan
 from experiments.scaling.fit import FEWEST_VALUES, Fit, Law, Points, compare, fit, gamma_of_runs, without_entropy
 
 
@@ -56,7 +56,7 @@ class Options:
     out: Path = Path("results/scaling")
     plan: bool = False
     """Propose a grid of runs for this machine, train it, and report."""
-    grid: Annotated[plan.Grid, tyro.conf.arg(name="")] = field(default_factory=plan.Grid)
+    grid: Annotated[runs_plan.Grid, tyro.conf.arg(name="")] = field(default_factory=runs_plan.Grid)
 
     def __post_init__(self) -> None:
         if bool(self.runs) == self.plan:
@@ -70,7 +70,7 @@ class Options:
 
 def main(o: Options) -> None:
     if o.plan:
-        folders = plan.train(o.grid)
+        folders = runs_plan.train(o.grid)
         if o.grid.dry_run:
             return
         first, *others = folders[::-1]  # the first preset is what the others are compared with

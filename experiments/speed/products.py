@@ -43,7 +43,8 @@ def main(o: Options) -> None:
     for shape in o.shapes:
         d_in, d_out = (int(width) for width in shape.split("x"))
         x, weight, grad = torch.randn(o.rows, d_in), torch.randn(d_out, d_in), torch.randn(o.rows, d_out)
-        cells = [rate(f, a, b, o.seconds) for a, b in ((x, weight.T), (grad, weight), (grad.T, x)) for f in (mkl, onednn)]
+        products = ((x, weight.T), (grad, weight), (grad.T, x))
+        cells = [rate(f, a, b, o.seconds) for a, b in products for f in (mkl, onednn)]
         lines.append(f"{shape} | {' | '.join(f'{cell:.0f}' for cell in cells)}")
         print(lines[-1], flush=True)
     lines += ["\nRMSNorm, forward and backward, ms at 2048 rows | F.rms_norm | lpa/cpu.py", "---|---|---"]

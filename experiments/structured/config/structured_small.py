@@ -1,6 +1,6 @@
 """The small case in which self-guided training was shown (arXiv 2406.16450, figure 3), on a CPU: 4 layers, rank 128.
 
-launch    python -m experiments.structured.train experiments/structured/config/structured_small.py --lowdim.up=128 --lowdim.down=128
+launch    python -m experiments.structured.train experiments/structured/config/structured_small.py --lowdim.up=128
 hardware  2 CPU cores
 time      not measured
 loss      published, WikiText-103: no spike where the unguided run has one, and a loss between it and dense
