@@ -1,7 +1,6 @@
 """GPT-2 small's shape, trained as speedrun_shakespeare is: the time to a val loss that nanogpt_124m needs longer for.
 
-launch    P="config/speedrun_gpu.py config/nanogpt_124m.py"
-          python -m experiments.time_to_loss --target=4.0 --presets $P
+launch    python -m experiments.sweep config/speedrun_gpu.py --seeds=3 --target=4.0
 hardware  one GPU of 80 GB
 time      not measured: the rate is modded-nanogpt's, brought to our scale
 loss      not measured

@@ -1,6 +1,6 @@
 """The fastest way here to a val loss of 1.90 on Shakespeare by characters: nanogpt_shakespeare's shape, batch and data.
 
-launch    python -m experiments.time_to_loss --target=1.90 --presets config/speedrun_shakespeare.py
+launch    python -m experiments.sweep config/speedrun_shakespeare.py --seeds=3 --target=1.90
 hardware  2 CPU cores
 time      7.1 s of training, the median of three seeds
 loss      1.90 after 220 or 240 steps (results/time_to_loss_shakespeare_char.md)

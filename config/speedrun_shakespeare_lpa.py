@@ -1,6 +1,6 @@
 """speedrun_shakespeare with rank 32 in all four projections: 673,152 parameters.
 
-launch    python -m experiments.time_to_loss --target=1.90 --presets config/speedrun_shakespeare_lpa.py
+launch    python -m experiments.sweep config/speedrun_shakespeare_lpa.py --seeds=3 --target=1.90
 hardware  2 CPU cores
 time      9.6 s of training, the median of three seeds
 loss      1.90 after 280 steps (results/time_to_loss_shakespeare_char.md)

@@ -54,6 +54,12 @@ class Architecture:
     """Whether matrices inside a layer are (in, out)."""
 
 
+# Our options that neither class can have otherwise
+BOTH = dict(
+    norm_order="pre",
+    qk_norm=False,
+    head_bias=False,
+)
 LLAMA = Architecture(
     class_name="LlamaForCausalLM",
     model_type="llama",
@@ -66,8 +72,7 @@ LLAMA = Architecture(
         block_size="max_position_embeddings",
         norm_eps="rms_norm_eps",
     ),
-    computes=dict(norm="rmsnorm", norm_order="pre", mlp="swiglu", pos="rope", rope_dim=None, qk_norm=False)
-    | dict(head_bias=False),
+    computes=BOTH | dict(norm="rmsnorm", mlp="swiglu", pos="rope", rope_dim=None),
     constants=dict(hidden_act="silu"),
     outside={"transformer.wte": "model.embed_tokens", "transformer.norm": "model.norm", "lm_head": "lm_head"},
     blocks="model.layers",
@@ -96,7 +101,7 @@ GPT2 = Architecture(
         block_size="n_positions",
         norm_eps="layer_norm_epsilon",
     ),
-    computes=dict(norm="layernorm", norm_order="pre", mlp="gelu", pos="learned", qk_norm=False, head_bias=False),
+    computes=BOTH | dict(norm="layernorm", mlp="gelu", pos="learned"),
     constants=dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     | dict(add_cross_attention=False),
     outside={

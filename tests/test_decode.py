@@ -95,7 +95,8 @@ def test_numbers_cached_per_token() -> None:
     for options in FORMS:
         model = randomised(**options)
         held = decode.new_cache(model, 3).held
-        assert sum(buffer.numel() for layer in held for buffer in layer.values()) == 3 * 24 * decode.cache_numbers_per_token(model.config)
+        numbers = sum(buffer.numel() for layer in held for buffer in layer.values())
+        assert numbers == 3 * 24 * decode.cache_numbers_per_token(model.config)
 
 
 @pytest.mark.parametrize("lowdim", RANKS, ids=str)

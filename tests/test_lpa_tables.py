@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_here
+from experiments.lpa_models import SCALES, TABLES, arms
+from experiments.lpa_runs import Options
 
 from config import UserError, as_arguments, load_config
 from experiments import lpa_models, lpa_runs, lpa_tables
-from experiments.lpa_models import SCALES, TABLES, arms
-from experiments.lpa_runs import Options
 from model import GPT
 
 

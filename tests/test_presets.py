@@ -124,8 +124,11 @@ def assert_parses(command: str) -> None:
     while program == "torchrun" and arguments[0].startswith("--"):
         arguments = arguments[1:]
     if arguments[0] == "-m":
-        options = importlib.import_module(arguments[1]).Options
-        parse(arguments[2:], options)
+        module = importlib.import_module(arguments[1])
+        if arguments[1] == "experiments.sweep":
+            load_config(module.split_arguments(arguments[2:])[0])
+        else:
+            parse(arguments[2:], module.Options)
     else:
         assert arguments[0] == "train.py"
         load_config(arguments[1:])

@@ -18,12 +18,14 @@ import eval as evaluation
 import export
 import sample
 from config import TrainConfig, load_config, parse
+from lpa import hf
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "experiments").glob("*/README.md"))
 BLOCKS = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL)]
-PATHS = [path for folder in (".", "config", "data", "experiments") for path in sorted((ROOT / folder).glob("*.py"))]
-PATHS += sorted((ROOT / "data").glob("*/prepare.py"))
+FILES = ("*.py", "config/*.py", "data/*.py", "data/*/prepare.py", "lpa/*.py", "experiments/*.py", "experiments/*/*.py")
+PATHS = [path for pattern in FILES for path in sorted(ROOT.glob(pattern))]
 DOCSTRINGS = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in PATHS]
 COMMANDS = sorted({
     line.split("#")[0].split("|")[-1].strip()
@@ -36,6 +38,11 @@ COMMANDS = sorted({
     for command in re.findall(r"^(?:launch)? *(?:echo .*\| )?((?:python|torchrun) .*)", docstring, flags=re.MULTILINE)
     if "$" not in command and "config/mine.py" not in command  # what the shell fills in, a preset of the reader
 })  # fmt: skip
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 160
+    assert len(README.split()) <= 1600
 
 
 def test_the_readme_has_commands() -> None:
@@ -53,7 +60,13 @@ def test_the_command_exists_and_its_options_parse(command: str) -> None:
         arguments = arguments[1:]
     if arguments[0] == "-m":
         module = importlib.import_module(arguments[1])
-        parse(arguments[2:], module.Options)
+        if arguments[1] == "experiments.sweep":
+            base, grid, _ = module.split_arguments(arguments[2:])
+            for more in module.arms(grid).values():
+                load_config([*base, *more])
+        else:
+            options = sample.SampleConfig if arguments[1].endswith("sample") else module.Options
+            load_config(arguments[2:], options)
         return
     script, *arguments = arguments
     assert (ROOT / script).exists()
@@ -66,7 +79,7 @@ def test_the_command_exists_and_its_options_parse(command: str) -> None:
 
 def test_the_line_that_begins_with_gpt2_has_its_options(tmp_path: Path) -> None:
     pytest.importorskip("transformers").GPT2Config().save_pretrained(tmp_path)  # of the published 124M
-    theirs = dataclasses.replace(export.read_options(tmp_path, *export.read_config(tmp_path)), bias=True)
+    theirs = dataclasses.replace(hf.read_options(tmp_path, *hf.read_config(tmp_path)), bias=True)
     command = next(command for command in COMMANDS if "--init_from=gpt2" in command)
     assert load_config(shlex.split(command)[2:]).gpt == theirs
 
@@ -87,7 +100,7 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
 
 def test_every_file_of_the_tree_exists_and_none_is_missing() -> None:
     tree = next(block for block in BLOCKS if block.startswith("model.py"))
-    named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    named = set(re.findall(r"\b\w+\.py|^\w+(?=/)", tree, flags=re.MULTILINE))
     assert all((ROOT / name).exists() for name in named)
     code = {path.name for path in ROOT.glob("*.py")}
     assert code <= named

@@ -1,7 +1,7 @@
 """The standing list of bench.py: what it measures on a CPU and on a GPU, and where the figures are kept.
 
-    python bench.py --mode=suite                        results/cpu2.json or results/h200.json, and a .md beside it
-    python bench.py --mode=suite --suite_dir=out        elsewhere
+    python -m experiments.speed.suite                      results/cpu2.json or results/h200.json, and a .md beside it
+    python -m experiments.speed.suite --out_dir=out        elsewhere
 
 Each row is a bench.py command of its own, in a process of its own, that anyone can run by hand. The file is written
 after each row, so the same command goes on where it was stopped: rows that are there, measured with the same versions
