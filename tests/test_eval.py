@@ -21,10 +21,10 @@ import train
 from config import TrainConfig, UserError
 from data.tokenizers import load_tokenizer
 from lpa import checkpoint
-from lpa.distributed import World
+from lpa.distributed import DistInfo
 from model import GPT
 
-CPU = World(0, 1, torch.device("cpu"))
+CPU = DistInfo(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

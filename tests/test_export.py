@@ -6,13 +6,12 @@
 import json
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import read_log, run_here
-from recurrent import RecurrentConfig, RecurrentGPT
 from torch import Tensor
 
 import data
@@ -81,7 +80,7 @@ def random_model(c: GPTConfig, seed: int = 1) -> GPT:
 
 
 def exported(model: GPT, folder: Path, tokenizer: Tokenizer = BYTES) -> Path:
-    export.export(model, tokenizer, folder / "exported", {})
+    hf.export(model, tokenizer, folder / "exported", {})
     return folder / "exported"
 
 
@@ -104,16 +103,16 @@ def test_round_trip_of_a_random_model(seed: int, tmp_path: Path) -> None:
     assert type(theirs).__name__ == ("GPT2LMHeadModel" if model.config.pos == "learned" else "LlamaForCausalLM")
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits(theirs, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
-    back = export.read_model(folder, model.config.bias)
+    back = hf.read_model(folder, model.config.bias)
     wanted = replace(model.config, lowdim=LowDim(), first_ffn_dense=False, vocab_size=256, zero_init=False)
-    assert checkpoint.explicit(back.config) == checkpoint.explicit(wanted)
+    assert back.config == wanted
     torch.testing.assert_close(logits(back, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
     layers = dict(model.named_modules())
     for name, parameter in back.named_parameters():
         module, _, kind = name.rpartition(".")
         ours = layers[module]
-        if kind == "weight" and hasattr(ours, "materialise"):
-            assert torch.equal(parameter, ours.double().materialise().float()), name
+        if kind == "weight" and hasattr(ours, "A"):
+            assert torch.equal(parameter, dense_weight(ours.double()).float()), name
         else:
             assert torch.equal(parameter, getattr(ours, kind)[: len(parameter)]), name
     again = exported(back, tmp_path / "again")
@@ -197,7 +196,7 @@ def test_a_llama_goes_on_with_its_own_tokenizer(kind: str, tmp_path: Path, capsy
     (tmp_path / "text.txt").write_text(text * 4 + "".join(ODD))
     arguments = [f"--path={tmp_path / 'text.txt'}", f"--name={tmp_path / 'corpus'}", f"--tokenizer={source}"]
     prepare.main(parse(arguments, prepare.Options))
-    preset = write(tmp_path / "preset.py", export.preset(source))
+    preset = write(tmp_path / "preset.py", hf.preset(source))
     more = [f"--dataset={tmp_path / 'corpus'}", f"--out_dir={tmp_path / 'run'}", "--lowdim.q=4", "--batch_size=2"]
     run_here(["train.py", preset, *more, "--max_steps=1", "--eval_tokens=48", "--compile=off", "--device=cpu"])
     assert "energy kept" in capsys.readouterr().out
@@ -269,10 +268,10 @@ def test_a_folder_that_transformers_wrote(kind: str, options: dict, tmp_path: Pa
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     torch.testing.assert_close(
-        logits(export.read_model(tmp_path), tokens()), logits(theirs, tokens()), rtol=0, atol=1e-5
+        logits(hf.read_model(tmp_path), tokens()), logits(theirs, tokens()), rtol=0, atol=1e-5
     )
-    c = load_config([write(tmp_path / "preset.py", export.preset(tmp_path))])
-    assert checkpoint.explicit(c.gpt) == checkpoint.explicit(export.read_model(tmp_path).config)
+    c = load_config([write(tmp_path / "preset.py", hf.preset(tmp_path))])
+    assert c.gpt == hf.read_model(tmp_path).config
     assert c.init_from == str(tmp_path)
 
 
@@ -285,7 +284,7 @@ def test_names_without_the_head_as_the_hub_has_gpt2(tmp_path: Path) -> None:
     theirs = hf_model("gpt2")
     theirs.transformer.save_pretrained(tmp_path)
     torch.testing.assert_close(
-        logits(export.read_model(tmp_path), tokens()), logits(theirs, tokens()), rtol=0, atol=1e-5
+        logits(hf.read_model(tmp_path), tokens()), logits(theirs, tokens()), rtol=0, atol=1e-5
     )
 
 
@@ -293,7 +292,7 @@ def test_training_begins_with_their_weights(corpus: Path, tmp_path: Path, capsys
     """Full-rank factors change nothing: the loss before training is that of transformers on the same windows."""
     theirs = hf_model("gpt2")
     theirs.save_pretrained(tmp_path / "gpt2")
-    preset = write(tmp_path / "preset.py", export.preset(tmp_path / "gpt2"))
+    preset = write(tmp_path / "preset.py", hf.preset(tmp_path / "gpt2"))
     more = [f"--dataset={corpus}", f"--out_dir={tmp_path / 'run'}", *(f"--lowdim.{x}=32" for x in "qkvo")]
     more += ["--max_steps=1", "--eval_tokens=240", "--compile=off", "--device=cpu"]
     run_here(["train.py", preset, *more])
@@ -334,7 +333,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 def test_a_shorter_context_takes_the_first_positions(tmp_path: Path) -> None:
     theirs = hf_model("gpt2")
     theirs.save_pretrained(tmp_path)
-    c = export.read_model(tmp_path).config
+    c = hf.read_model(tmp_path).config
     ours = GPT(replace(c, block_size=10)).eval()
     assert init_from.start_from(tmp_path, ours, None) == {}
     torch.testing.assert_close(logits(ours, tokens((2, 10))), logits(theirs, tokens((2, 10))), rtol=0, atol=1e-5)
@@ -345,9 +344,9 @@ def test_a_shorter_context_takes_the_first_positions(tmp_path: Path) -> None:
 
 def test_gpt2_itself_fits_its_preset(tmp_path: Path) -> None:
     transformers.GPT2Config().save_pretrained(tmp_path)
-    gpt2 = replace(export.read_options(tmp_path, *export.read_config(tmp_path)), bias=True)
+    gpt2 = replace(hf.read_options(tmp_path, *hf.read_config(tmp_path)), bias=True)
     ours = load_config(["config/nanogpt_124m.py", "--bias=true", "--vocab_size=50257"]).gpt
-    assert checkpoint.explicit(ours) == checkpoint.explicit(gpt2)
+    assert ours == gpt2
 
 
 def edited(folder: Path, **options: object) -> Path:
@@ -360,7 +359,7 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = random_model(LLAMA)
 
     def refused(**options: object) -> str:
-        return complaint(edited(exported(model, tmp_path), **options), of=export.read_model)
+        return complaint(edited(exported(model, tmp_path), **options), of=hf.read_model)
 
     assert "rope_type = 'llama3' (wanted 'default')" in refused(rope_scaling=dict(rope_type="llama3", factor=8.0))
     assert "hidden_act = 'gelu'" in refused(hidden_act="gelu")
@@ -375,15 +374,15 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "has tensors that LlamaForCausalLM has not: model.layers.1." in refused(num_hidden_layers=1)
     folder = exported(model, tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # nothing that can run code is read
-    assert "wanted what save_pretrained of transformers writes" in complaint(folder, of=export.read_model)
+    assert "wanted what save_pretrained of transformers writes" in complaint(folder, of=hf.read_model)
     (folder / "model.safetensors").write_bytes(b"not tensors")
-    assert "cannot read the safetensors" in complaint(folder, of=export.read_model)
+    assert "cannot read the safetensors" in complaint(folder, of=hf.read_model)
     for index in ("[]", '{"weight_map": {"lm_head.weight": 3}}'):
         write(folder / "model.safetensors.index.json", index)
-        assert "cannot read the safetensors" in complaint(folder, of=export.read_model)
+        assert "cannot read the safetensors" in complaint(folder, of=hf.read_model)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "no folder nobody/nothing" in complaint(Path("nobody/nothing"), of=export.find_folder)
-    assert "no folder a/b/c" in complaint(Path("a/b/c"), of=export.find_folder)
+    assert "no folder nobody/nothing" in complaint(Path("nobody/nothing"), of=hf.find_folder)
+    assert "no folder a/b/c" in complaint(Path("a/b/c"), of=hf.find_folder)
 
 
 @pytest.mark.parametrize(
@@ -404,26 +403,36 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_what_has_no_equal_says_why(options: dict, why: str, tmp_path: Path) -> None:
     model = GPT(replace(LLAMA, **options))
-    assert why in complaint(model, BYTES, tmp_path / "out", {}, of=export.export)
+    assert why in complaint(model, BYTES, tmp_path / "out", {}, of=hf.export)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_recurrent_model_and_a_short_vocabulary_are_refused(tmp_path: Path) -> None:
-    recurrent = RecurrentGPT(LLAMA, RecurrentConfig())
-    assert "model = 'recurrent'" in complaint(recurrent, BYTES, tmp_path, {}, of=export.export)
+def test_a_new_option_of_the_model_is_refused_until_it_is_mapped(tmp_path: Path) -> None:
+    """By export and by the model of transformers that bench.py compares with, even at its default."""
+    windowed = make_dataclass("GPTConfig", [("window", int, field(default=0))], bases=(GPTConfig,), frozen=True)
+    c = windowed(**{f.name: getattr(LLAMA, f.name) for f in fields(LLAMA)})
+    for action in (lambda: hf.export(GPT(c), BYTES, tmp_path / "out", {}), lambda: hf.twin(c)):
+        with pytest.raises(UserError, match=r"window = 0 \(unknown to lpa/hf.py: map it there, or list it\)"):
+            action()
+    mapped = {f.name for f in fields(GPTConfig)} - hf.FREE - hf.APART
+    for known in (hf.LLAMA, hf.GPT2):
+        assert mapped == known.options.keys() | known.computes.keys() - hf.APART - hf.FREE
+
+
+def test_a_short_vocabulary_is_refused(tmp_path: Path) -> None:
     short = GPT(replace(LLAMA, vocab_size=128))
-    assert "has 256 ids, the model 128" in complaint(short, BYTES, tmp_path / "out", {}, of=export.export)
+    assert "has 256 ids, the model 128" in complaint(short, BYTES, tmp_path / "out", {}, of=hf.export)
 
 
 def test_only_an_export_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, target = GPT(LLAMA), tmp_path / "out"
     target.mkdir()
     (target / "thesis.tex").write_text("years of work")
-    assert "is no export" in complaint(model, BYTES, target, {}, of=export.export)
+    assert "is no export" in complaint(model, BYTES, target, {}, of=hf.export)
     assert (target / "thesis.tex").read_text() == "years of work"
     (target / "thesis.tex").unlink()
     for step in (1, 2):  # into an empty folder, then over an export
-        export.export(model, BYTES, target, dict(step=step))
+        hf.export(model, BYTES, target, dict(step=step))
     assert json.loads((target / "export.json").read_text()) == dict(step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     rename = Path.rename
@@ -434,7 +443,7 @@ def test_only_an_export_is_overwritten(tmp_path: Path, monkeypatch: pytest.Monke
         rename(path, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    assert "the disk is gone" in complaint(model, BYTES, target, dict(step=3), of=export.export)
+    assert "the disk is gone" in complaint(model, BYTES, target, dict(step=3), of=hf.export)
     assert json.loads((target / "export.json").read_text()) == dict(step=2)  # the earlier export is whole
 
 

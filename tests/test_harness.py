@@ -14,11 +14,9 @@ import torch
 from conftest import run_here
 
 import eval as evaluation
-import export
 from config import UserError, parse
 from data.tokenizers import BPETokenizer, Tokenizer, train_bpe
 from model import GPT, GPTConfig, LowDim
-from recurrent import RecurrentConfig, RecurrentGPT
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -51,7 +49,7 @@ def random_model(c: GPTConfig) -> GPT:
 
 
 def hf_twin(model: GPT, tokenizer: Tokenizer, folder: Path) -> torch.nn.Module:
-    export.export(model, tokenizer, folder / "hf", {})
+    hf.export(model, tokenizer, folder / "hf", {})
     return transformers.AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
 
 
@@ -154,18 +152,6 @@ def test_written_text_is_that_of_transformers(c: GPTConfig, tokenizer: BPETokeni
     assert len(stop) == 2
     written = harness.NativeLM(model, tokenizer, 4).generate_until([asked(context, {**options, "until": [stop]})])
     assert written == [text.split(stop)[0]]
-
-
-def test_a_recurrent_model_too(tokenizer: BPETokenizer) -> None:
-    model = RecurrentGPT(replace(LLAMA, lowdim=LowDim()), RecurrentConfig(window=8)).eval()
-    lm = harness.NativeLM(model, tokenizer, 4)
-    pairs = [(context, choice) for context, choices in QUESTIONS for choice in choices]
-    for (context, choice), (score, _) in zip(pairs, lm.loglikelihood([asked(*pair) for pair in pairs], True)):
-        ids, known = torch.tensor([tokenizer.encode(context + choice)]), len(tokenizer.encode(context))
-        scores = model(ids[:, :-1])[0, known - 1 :, :300].log_softmax(-1)
-        assert score == pytest.approx(scores.gather(1, ids[0, known:, None]).sum().item(), abs=1e-4)
-    written = lm.generate_until([asked("One two", dict(until=[], max_gen_toks=5))])
-    assert len(written) == 1
 
 
 def test_what_cannot_be_asked(tokenizer: BPETokenizer) -> None:

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 import bench
 from config import TrainConfig, UserError, load_config
 from lpa import hardware, optim, planning
+from lpa.recompute import apply_recompute
 from model import GPT, GPTConfig, LowDim
 
 GPT_SMALL = GPTConfig(
@@ -71,8 +72,7 @@ def test_one_process_takes_what_is_planned(changes: dict) -> None:
     c = replace(SMALL, **changes)
     with recorded() as memory:
         model = GPT(c.gpt)
-        for block in model.transformer.h:
-            block.recompute = c.recompute
+        apply_recompute(model, c.recompute)
         train_two_steps(model, c, torch.device("cpu"))
     assert planning.needed(c, "ddp", 1).total == pytest.approx(cpu_peak(memory), rel=0.001)
 
@@ -101,10 +101,9 @@ def peak_of_rank(rank: int, engine: str, c: TrainConfig, folder: Path) -> None:
     with recorded() as memory:
         with torch.device("cpu" if engine == "ddp" else "meta"):
             model = GPT(c.gpt)
-        for block in model.transformer.h:
-            block.recompute = c.recompute
-            if engine == "fsdp":
-                fully_shard(block, **options)
+        apply_recompute(model, c.recompute)
+        for block in model.transformer.h if engine == "fsdp" else ():
+            fully_shard(block, **options)
         if engine == "fsdp":
             fully_shard(model, **options).to_empty(device="cpu")
         else:
@@ -162,7 +161,7 @@ def test_the_plan_as_json_and_as_a_table(
     bench.main(load_config([*TINY, "--gpus=2", "--memory=40MB", "--batch_size=8", "--json"], bench.BenchConfig))
     plan = json.loads(capsys.readouterr().out)
     assert [(row["engine"], row["recompute"]) for row in plan["rows"]] == [
-        (engine, recompute) for engine in ("ddp", "fsdp") for recompute in ("none", "latents", "block")
+        (engine, recompute) for engine in ("ddp", "fsdp") for recompute in ("none", "elementwise", "latents", "block")
     ]
     for row in plan["rows"]:
         kept = row["parameters"] + row["gradients"] + row["optimizer"]
@@ -206,8 +205,7 @@ def test_a_gpu_takes_what_is_planned(recompute: str, optimizer: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         with torch.device("cuda"):
             model = GPT(c.gpt)
-        for block in model.transformer.h:
-            block.recompute = recompute
+        apply_recompute(model, recompute)
         train_two_steps(model, c, torch.device("cuda"))
         measured = torch.cuda.max_memory_allocated() - before
         assert planning.needed(c, "ddp", 1).total == pytest.approx(measured, rel=0.1)

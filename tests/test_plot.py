@@ -14,6 +14,7 @@ import pytest
 
 from config import TrainConfig, UserError, parse
 from experiments import logs, plot
+from lpa import counts
 from model import GPT, GPTConfig, LowDim
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
@@ -32,7 +33,7 @@ def write_log(
     """A run of so many steps: loss 3 - step / 100 + seed / 10, evaluated every 10 steps."""
     gpt = shape(rank, options.pop("vocab", 256))
     c = TrainConfig(gpt=gpt, max_steps=30, out_dir=str(folder), **options)
-    table = str(GPT(gpt, seed=None)).splitlines()
+    table = counts.table(GPT(gpt, seed=None)).splitlines()
     records = [dict(step=0, versions={}, device="cpu", options=dataclasses.asdict(c), parameters=table)]
     for step in range(1, steps + 1):
         loss = 3 - step / 100 + c.seed / 10
@@ -146,7 +147,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     broken = write_log(tmp_path / "broken", tail='{"step": 31, "lo\n{"step": 32}\n')
     old = write_log(tmp_path / "old")
     text = (old / "log.jsonl").read_text()
-    (old / "log.jsonl").write_text(text.replace("FLOPs a token", "operations a token"))
+    (old / "log.jsonl").write_text(text.replace("FLOPs per token", "operations a token"))
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text('{"step": 1, "loss": 2.0}\n')
     empty = tmp_path / "empty.jsonl"

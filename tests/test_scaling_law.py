@@ -15,8 +15,10 @@ import pytest
 from test_plot import write_log
 
 from config import UserError, parse
-from experiments import scaling_law, scaling_plan
-from experiments.scaling_fit import Fit, Law, Points, best_law, bootstrap, compare, fit, gamma_of_runs, ratios
+from experiments import sweep
+from experiments.scaling import law as scaling_law
+from experiments.scaling import plan as scaling_plan
+from experiments.scaling.fit import Fit, Law, Points, best_law, bootstrap, compare, fit, gamma_of_runs, ratios
 
 HOFFMANN = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 
@@ -293,8 +295,8 @@ def test_a_planned_run_is_one_that_train_py_makes(tmp_path: Path, corpus: Path) 
     g = scaling_plan.Grid(widths=(16, 32, 48), dataset=str(corpus), out_dir=tmp_path, eval_tokens=128)
     settings = scaling_plan.shaped(g, "config/setting2_cpu.py", 16) | dict(n_layer=1)
     run = scaling_plan.make_run(g, "config/setting2_cpu.py", settings, steps=3)
-    scaling_plan.lpa_runs.train_all(scaling_plan.lpa_runs.Options(table="size"), [run], deadline=math.inf)
+    assert sweep.train_all([run], sweep.SweepConfig()) == []
     points = scaling_law.read((tmp_path / "setting2_cpu",), "total")
     assert points.D.tolist() == [3 * 512]
-    assert points.N.tolist() == [scaling_plan.lpa_runs.count(run.config.gpt)[0]]
+    assert points.N.tolist() == [GPT(run.config.gpt).n_params()]
     assert 0 < scaling_plan.seconds_per_step(run.config, dataclasses.replace(g, jobs=2)) < 60

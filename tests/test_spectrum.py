@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_here
+from torch import nn
 
 import data
 from config import UserError, parse
-from experiments import spectrum
+from experiments.lpa import spectrum
 from lpa import checkpoint
-from model import Dense, LowRank
+from lpa.counts import dense_weight
+from model import LowRank
 
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--ffn_dim=48", "--max_steps=5"]
 RUN = ["--batch_size=4", "--eval_interval=0", "--eval_tokens=640", "--compile=off", "--device=cpu"]
@@ -23,7 +25,7 @@ LPA = [f"--lowdim.{x}=8" for x in "qkvo"]
 CPU = torch.device("cpu")
 
 
-def randomly(layer: Dense | LowRank) -> Dense | LowRank:
+def randomly(layer: nn.Linear | LowRank) -> nn.Linear | LowRank:
     generator = torch.Generator().manual_seed(1)
     for p in layer.parameters():
         p.data.normal_(generator=generator)
@@ -36,7 +38,7 @@ def test_the_spectrum_of_a_product_is_that_of_the_dense_matrix() -> None:
         W = layer.B.double() @ layer.A.double()
         wanted = np.linalg.svd(W.numpy(), compute_uv=False)[: layer.rank]
         np.testing.assert_allclose(spectrum.spectrum(layer), wanted, rtol=1e-10)
-    dense = randomly(Dense(40, 24, bias=False))
+    dense = randomly(nn.Linear(40, 24, bias=False))
     wanted = np.linalg.svd(dense.weight.double().numpy(), compute_uv=False)
     np.testing.assert_allclose(spectrum.spectrum(dense), wanted, rtol=1e-12)
 
@@ -84,7 +86,7 @@ def test_a_row_is_what_the_whole_model_does(runs: tuple[Path, Path], corpus: Pat
     last.mlp.register_forward_hook(lambda _, inputs, y: seen.update(down=y))
     model(idx)
     v = last.attn.v
-    seen["v"] = seen["x"] @ (v.materialise() if v.rank else v.weight).T + (0 if v.bias is None else v.bias)
+    seen["v"] = seen["x"] @ dense_weight(v).T + (0 if v.bias is None else v.bias)
     by_name = {row.sublayer: row for row in rows if row.layer == 1}
     for name in ("v", "o", "down"):
         s = np.linalg.svd(seen[name].flatten(0, 1).double().numpy(), compute_uv=False)

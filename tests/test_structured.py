@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 
@@ -19,8 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import train
 from config import TrainConfig, UserError, load_config
-from lpa import checkpoint, decode, optim, structured
-from lpa.structured import BlockDense, BlockShuffle, Guided
+from experiments.structured import guides
+from experiments.structured import train as guided_train
+from experiments.structured.guides import Guided
+from experiments.structured.premerge import Merged, few_tokens, premerge
+from lpa import checkpoint, decode, init, optim
+from lpa.counts import dense_weight, table
+from lpa.structured import BlockDense, BlockShuffle
 from model import GPT, GPTConfig, LowDim, LowRank
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)
@@ -55,7 +59,7 @@ def idx(c: GPTConfig, batch_size: int = 3) -> torch.Tensor:
 
 def by_loops(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The published steps for one vector x (C_in), a block and a channel at a time."""
-    K = layer.blocks
+    K = len(layer.A)
     h = torch.cat([block @ part for block, part in zip(layer.A, x.chunk(K))])
     if isinstance(layer, BlockDense):
         return layer.B @ h + layer.bias
@@ -74,8 +78,7 @@ def test_a_layer_is_its_dense_matrix_and_its_formula_with_gradients_in_float64(s
         layer.double()
         with torch.no_grad():
             identity = torch.eye(shape[0], dtype=torch.float64)
-            torch.testing.assert_close((layer(identity) - layer.bias).T, layer.materialise(), atol=1e-12, rtol=0)
-            torch.testing.assert_close(layer.widen(layer.narrow(x)), layer(x), atol=1e-12, rtol=0)
+            torch.testing.assert_close((layer(identity) - layer.bias).T, dense_weight(layer), atol=1e-12, rtol=0)
             if not isinstance(layer, LowRank):
                 torch.testing.assert_close(layer(x)[1, 3], by_loops(layer, x[1, 3]), atol=1e-12, rtol=0)
         names = ("A", "B", "bias")
@@ -84,39 +87,11 @@ def test_a_layer_is_its_dense_matrix_and_its_formula_with_gradients_in_float64(s
         assert torch.autograd.gradcheck(call, inputs)
 
 
-@pytest.mark.parametrize("N", [1, 70, 1700])
-def test_both_ways_of_a_product_equal_einsum(N: int) -> None:
-    """1,700 rows go to oneDNN block by block, fewer to one batched product; the gradients follow in either."""
-    x, weight = draw(N, 4, 64, dtype=torch.float32), draw(4, 80, 64, dtype=torch.float32)
-    for interleaved, strided in itertools.product((False, True), (False, True)):
-        start = x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x
-        leaves = [start.detach().requires_grad_(), weight.detach().requires_grad_()]
-        y = structured.block_product(*leaves, interleaved)
-        assert (y.mT if interleaved else y).is_contiguous()
-        wanted = torch.einsum("nkp,kqp->nkq", *(t.double() for t in leaves))
-        g = draw(*y.shape)
-        torch.testing.assert_close(y.double(), wanted, atol=1e-3, rtol=0)
-        for ours, theirs in zip(torch.autograd.grad(y, leaves, g.float()), torch.autograd.grad(wanted, leaves, g)):
-            torch.testing.assert_close(ours, theirs.float(), atol=1e-2, rtol=1e-4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert structured.block_product(x, weight).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("N", [70, 1100])
-def test_a_compiled_layer_equals_an_eager_one(N: int) -> None:
-    x = draw(N, 512, dtype=torch.float32)
-    layer = torch.nn.Sequential(BlockShuffle(512, 256, 2, True), BlockDense(256, 512, 128, 2, False))
-    randomise(layer)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    wanted, seen = ([y := f(x), *torch.autograd.grad(y.square().sum(), layer.parameters())] for f in (layer, compiled))
-    torch.testing.assert_close(seen, wanted, atol=1e-2, rtol=1e-4)
-
-
 @pytest.mark.parametrize("shape", [(64, 256, 4), (256, 64, 2)], ids=str)
 def test_blocks_start_orthogonal(shape: tuple) -> None:
     for layer in layers(*shape)[:2]:
         with torch.no_grad():
-            structured.fill(layer.A, layer.B, 0.5, torch.Generator().manual_seed(1))
+            init.fill(layer.A, layer.B, "spectral", 0.01, 0.02, torch.Generator().manual_seed(1))
         for factor, scale in ((layer.A, 1.0), (layer.B, 0.5)):
             values = torch.linalg.svdvals(factor.detach())
             torch.testing.assert_close(values, torch.full_like(values, scale), atol=1e-5, rtol=0)
@@ -134,7 +109,7 @@ def test_a_merged_model_gives_the_same_logits(options: dict) -> None:
     low = mixed(**options)
     dense = GPT(dataclasses.replace(low.config, lowdim=LowDim()))
     state = {n: p for n, p in low.state_dict().items() if not n.endswith((".A", ".B"))}
-    state |= {f"{n}.weight": m.materialise() for n, m in low.named_modules() if hasattr(m, "materialise")}
+    state |= {f"{n}.weight": dense_weight(m) for n, m in low.named_modules() if isinstance(m, guides.FACTORED)}
     dense.load_state_dict(state)
     torch.testing.assert_close(low(idx(low.config)), dense(idx(low.config)), atol=1e-4, rtol=1e-4)
     assert ("transformer.h.0.mlp.up.weight" in low.state_dict()) == low.config.first_ffn_dense
@@ -161,7 +136,7 @@ def test_counts_and_the_printed_table(first: bool) -> None:
         model(torch.zeros(1, 16, dtype=torch.long))
     full_square = 2 * 4 * 16 * 16 * 32  # torch charges what the causal mask leaves out, too
     assert counter.get_total_flops() - full_square // 2 == 16 * model.flops_per_token()
-    rows = {line.split()[0]: line.split() for line in repr(model).splitlines()[1:]}
+    rows = {line.split()[0]: line.split() for line in table(model).splitlines()[1:]}
     assert rows["q"] == ["q", "32", "32", "blockshuffle:4", "512", "50%", "1,024"]
     assert rows["k"] == ["k", "32", "32", "blockdense:8:2", "384", "38%", "768"]
     counts = bench.count(model.config, "float32")
@@ -173,7 +148,7 @@ def test_muon_treats_every_block_as_a_matrix_and_factors_decay_by_half() -> None
     c = TrainConfig(gpt=model.config, optimizer="muon", weight_decay=0.1, learning_rate=0.01)
     _, muon = optim.make_optimizers(model, c)
     assert {p for group in muon.param_groups if group["name"] == "factors" for p in group["params"]} == {
-        p for m in model.modules() if hasattr(m, "materialise") for p in (m.A, m.B)
+        p for m in model.modules() if isinstance(m, guides.FACTORED) for p in (m.A, m.B)
     }
     factor = model.transformer.h[0].attn.q.A  # (4, 8, 8)
     before = factor.detach().clone()
@@ -232,7 +207,7 @@ MILLIONS = {  # of all parameters and of the feed-forward: dense, low rank and b
 def published(size: str, up: int | str = 0) -> GPT:
     """On the meta device, and without the biases, norms and positions that the published counts leave out."""
     d, n_layer, n_head, *_ = SIZES[size]
-    c = load_config(["config/structured.py", f"--n_embd={d}", f"--n_layer={n_layer}", f"--n_head={n_head}",
+    c = load_config(["experiments/structured/config/structured.py", f"--n_embd={d}", f"--n_layer={n_layer}", f"--n_head={n_head}",
                      "--vocab_size=32000", f"--lowdim.up={up}", f"--lowdim.down={up}"])  # fmt: skip
     with torch.device("meta"):
         return GPT(c.gpt)
@@ -266,8 +241,8 @@ def test_fixed_flop_ratios_are_the_published(size: str, low: float, block: float
     dense = published(size).flops_per_token(2 * 1024)
     for kind, wanted in ((SIZES[size][0] // 4, low), ("blockshuffle:4", low), (f"blockdense:{R}:{B}", block)):
         model = published(size, kind)
-        flops = dense, model.flops_per_token(2 * 1024), structured.guide_flops(model)
-        assert structured.fixed_flop_ratio(*flops) == pytest.approx(wanted, abs=6e-4)
+        flops = dense, model.flops_per_token(2 * 1024), guides.guide_flops(model)
+        assert guides.fixed_flop_ratio(*flops) == pytest.approx(wanted, abs=6e-4)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +250,7 @@ def test_fixed_flop_ratios_are_the_published(size: str, low: float, block: float
     [("gqa_m", 334.8), ("wide_structured_m", 219.2), ("gqa_l", 728.6), ("wide_structured_l", 464.0)],
 )
 def test_wide_presets_have_the_published_counts(preset: str, millions: float) -> None:
-    c = load_config([f"config/{preset}.py", "--vocab_size=32000"])
+    c = load_config([f"experiments/structured/config/{preset}.py", "--vocab_size=32000"])
     with torch.device("meta"):
         assert matrices(GPT(c.gpt)) == pytest.approx(millions, abs=0.06)
     assert c.gpt.kv_heads * c.gpt.head_dim == 256
@@ -287,15 +262,15 @@ def test_wide_presets_have_the_published_counts(preset: str, millions: float) ->
 def test_a_guide_changes_nothing_at_first_then_mixes_and_never_evaluates() -> None:
     model = mixed(bias=True)
     plain = model(idx(model.config))
-    structured.add_guides(model)
+    guides.add_guides(model)
     for alpha_step in (0, 3):
-        structured.set_guides(model, alpha_step, 10, seed=1)
+        guides.set_guides(model, alpha_step, 10, seed=1)
         torch.testing.assert_close(model(idx(model.config)), plain, atol=1e-4, rtol=1e-4)
     layer = model.transformer.h[0].mlp.down
     assert isinstance(layer, Guided)
     layer.guide.data.normal_()
     layer.guiding, x = True, draw(5, layer.guide.size(1), dtype=torch.float32)
-    mixture = 0.7 * F.linear(x, layer.guide) + 0.3 * F.linear(x, layer.layer.materialise()) + layer.layer.bias
+    mixture = 0.7 * F.linear(x, layer.guide) + 0.3 * F.linear(x, dense_weight(layer.layer)) + layer.layer.bias
     layer.alpha.fill_(0.7)
     torch.testing.assert_close(layer(x), mixture, atol=1e-4, rtol=1e-4)
     model.eval()
@@ -306,19 +281,19 @@ def test_the_guide_takes_part_with_probability_alpha() -> None:
     layer = Guided(layers(6, 10, 2)[1])
     seen = []
     for step in range(2000):
-        structured.set_guides(layer, step, 2000, seed=3)
+        guides.set_guides(layer, step, 2000, seed=3)
         assert layer.alpha.item() == pytest.approx((1 + math.cos(math.pi * step / 2000)) / 2, abs=1e-6)
         seen.append(layer.guiding)
     assert sum(seen) / 2000 == pytest.approx(0.5, abs=0.03)
     assert sum(seen[:1000]) / 1000 == pytest.approx(0.5 + 1 / math.pi, abs=0.03)  # the mean of alpha over that half
-    structured.set_guides(layer, 500, 2000, seed=3)
+    guides.set_guides(layer, 500, 2000, seed=3)
     assert layer.guiding == seen[500]  # a function of step and seed
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_guide_that_rests_keeps_its_weights_and_moments(optimizer: str) -> None:
     model = mixed()
-    structured.add_guides(model)
+    guides.add_guides(model)
     c = TrainConfig(gpt=model.config, optimizer=optimizer, weight_decay=0.1, learning_rate=0.01)
     optimizers = optim.make_optimizers(model, c)
     guide = model.transformer.h[0].attn.q.guide
@@ -334,10 +309,12 @@ def test_a_guide_that_rests_keeps_its_weights_and_moments(optimizer: str) -> Non
             o.step()
             o.zero_grad()
         assert torch.equal(guide, before) != guiding
-    structured.drop_guides(model, optimizers)
-    left = {p for o in optimizers for group in o.param_groups for p in group["params"]}
-    assert left == set(model.parameters())
-    assert all(p in left for o in optimizers for p in o.state)
+    tensors = guides.without_guides(checkpoint.live_tensors(model, optimizers))
+    guides.drop_guides(model)
+    plain = {f"model.{name}" for name in model.state_dict()}
+    assert {name for name in tensors if name.startswith("model.")} == plain
+    names = dict(model.named_parameters())
+    assert all(n.removeprefix("optimizer.").rpartition(".")[0] in names for n in tensors if n not in plain)
 
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--lowdim.up=blockdense:8:2", "--lowdim.k=8",
@@ -346,7 +323,7 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--lowdim
 
 
 def trained(corpus: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
-    run_here(["train.py", *TINY, f"--dataset={corpus}", f"--out_dir={out}", *options])
+    run_here(["experiments.structured.train", *TINY, f"--dataset={corpus}", f"--out_dir={out}", *options])
     return checkpoint.load_tensors(checkpoint.newest(out)[0], "model")
 
 
@@ -358,14 +335,12 @@ def test_a_guided_run_may_stop_anywhere_and_ends_without_its_guide(corpus: Path,
     parts = tmp_path / "parts"
     midway = trained(corpus, parts, *options, "--stop_step=2")
     assert "transformer.h.1.mlp.down.guide" in midway
-    model, *_ = checkpoint.load_model(parts, torch.device("cpu"))  # for sample.py and eval.py, without the guide
-    assert "transformer.h.1.mlp.down.A" in model.state_dict()
     assert not any("guide" in name for name in trained(corpus, parts, *options, "--stop_step=4", "--resume"))
     trained(corpus, parts, *options, "--stop_step=6", "--resume")
     resumed = trained(corpus, parts, *options, "--resume")
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    with pytest.raises(UserError, match="guided_steps"):
+    with pytest.raises(UserError, match="was begun with"):
         trained(corpus, parts, "--max_steps=8", "--self_guided=0.25", "--resume")
 
 
@@ -379,7 +354,7 @@ def test_a_guided_model_is_evaluated_and_decoded_as_without_its_guide(changes: d
     """Also while it learns; from the cache of latents, where that is what its config asks for."""
     model = randomise(GPT(GPTConfig(**SMALL, **changes))).eval()
     full = model(idx(model.config))
-    structured.add_guides(model)
+    guides.add_guides(model)
     for module in model.modules():
         if isinstance(module, Guided):
             module.guide.data.normal_()
@@ -391,25 +366,25 @@ def test_a_guided_model_is_evaluated_and_decoded_as_without_its_guide(changes: d
     assert (model.train()(idx(model.config)) - full).abs().max() > 0.1
 
 
-def test_a_guide_of_no_step_is_an_error() -> None:
-    c = TrainConfig(gpt=GPTConfig(**SMALL, lowdim=MIXED), max_steps=1, self_guided=0.4)
+def test_a_guide_of_no_step_is_an_error(corpus: Path) -> None:
+    c = TrainConfig(gpt=GPTConfig(**SMALL, lowdim=MIXED), max_steps=1, dataset=str(corpus))
     with pytest.raises(UserError, match=r"self_guided is 0.4 of 1 steps, less than one: wanted more of either"):
-        train.plan_guide(c)
-    c = TrainConfig(gpt=GPTConfig(**SMALL, lowdim=MIXED), max_steps=100, warmup_steps=10, self_guided="flops")
-    longer, guided_steps, new_steps = train.plan_guide(c)
+        guided_train.plan(guided_train.Options(c, 0.4))
+    c = dataclasses.replace(c, gpt=dataclasses.replace(c.gpt, vocab_size=None), max_steps=100, warmup_steps=10)
+    longer, guided_steps, new_steps = guided_train.plan(guided_train.Options(c, "flops"))
     assert longer.max_steps == new_steps + guided_steps == 100 + guided_steps
     assert longer.warmup_steps == round(longer.max_steps / 10)  # as published: a tenth of all
 
 
 def test_a_guided_model_compiles_to_two_graphs_whatever_alpha_is() -> None:
     model = GPT(GPTConfig(**SMALL, lowdim=LowDim(q="blockshuffle:4", up=8, down="blockdense:8:2")))
-    structured.add_guides(model)
+    guides.add_guides(model)
     for block in model.transformer.h:  # as --compile=block does
         block.compile(backend="eager")
     counters.clear()
     guided = set()
     for step in range(12):
-        structured.set_guides(model, step, 12, seed=1)
+        guides.set_guides(model, step, 12, seed=1)
         guided.add(model.transformer.h[0].mlp.up.guiding)
         model(idx(model.config), idx(model.config)).backward()
     assert guided == {False, True}
@@ -419,17 +394,17 @@ def test_a_guided_model_compiles_to_two_graphs_whatever_alpha_is() -> None:
 def test_two_ranks_are_guided_as_one(corpus: Path, tmp_path: Path) -> None:
     options = ["--max_steps=6", "--self_guided=0.5", "--tokens_per_step=128"]
     model = Guided(layers(6, 10, 2)[0])
-    drawn = [structured.set_guides(model, step, 3, seed=1) or model.guiding for step in range(3)]
+    drawn = [guides.set_guides(model, step, 3, seed=1) or model.guiding for step in range(3)]
     assert drawn == [True, True, False]  # so one of the guided steps leaves the guides without gradient
     one = trained(corpus, tmp_path / "one", *options)
-    run_ranks(2, ["train.py", *TINY, f"--dataset={corpus}", f"--out_dir={tmp_path / 'two'}", *options], tmp_path)
+    run_ranks(2, ["experiments.structured.train", *TINY, f"--dataset={corpus}", f"--out_dir={tmp_path / 'two'}", *options], tmp_path)
     two = checkpoint.load_tensors(checkpoint.newest(tmp_path / "two")[0], "model")
     assert two.keys() == one.keys()
     torch.testing.assert_close(two, one, atol=2e-4, rtol=1e-3)
 
 
 def test_fixed_flops_add_the_guided_steps_and_see_their_tokens_again(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     original = train.micro_batches
@@ -438,5 +413,32 @@ def test_fixed_flops_add_the_guided_steps_and_see_their_tokens_again(
     again = len(seen) - 6
     assert 0 < again < 6
     assert seen == [*range(6), *range(again)]
-    said = capsys.readouterr().out
-    assert f"self-guided: {again} steps, {again / 6:.3f} of the 6 over new batches; {6 + again} in all" in said
+
+
+# --- Merged ahead ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("few", [0, 4, 1024])
+@pytest.mark.parametrize("options", [dict(pos="none"), dict(pos="rope", bias=True, n_kv_head=2)], ids=str)
+@torch.inference_mode()
+def test_a_merged_model_decodes_as_its_factors_do(options: dict, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the dense matrices never, for calls of up to 4 tokens, and always."""
+    model = randomise(GPT(GPTConfig(**SMALL, lowdim=dataclasses.replace(MIXED, k=6, v=5), **options))).eval()
+    full = model(idx(model.config))
+    monkeypatch.setattr("experiments.structured.premerge.few_tokens", lambda layers: few)
+    premerge(model)
+    merged = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, Merged)}
+    assert ("v" not in merged) and (("q" in merged) == bool(few))  # v's latents are cached: B stays apart
+    cache = decode.new_cache(model, 3)
+    steps = [model(part, cache=cache) for part in idx(model.config).split([7, 1, 8], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_few_is_where_the_factors_become_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of our own: the matrix takes 10 seconds and 1 per token, the factors `first` and half a second."""
+    built = [Merged(layers(6, 10, 2)[1])]
+    for first, wanted in ((10, 0), (12, 2), (20, 16), (1e9, 1024)):
+        seconds = lambda layers, x, few: 10 + len(x) if few else first + len(x) / 2  # noqa: B023, E731
+        monkeypatch.setattr("experiments.structured.premerge.seconds_of", seconds)
+        assert few_tokens(built) == wanted

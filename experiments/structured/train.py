@@ -7,9 +7,11 @@ The guided phase comes first; its end is saved without the guides, and train.py'
 run may be stopped and resumed in either phase, and its checkpoints after the first are those of any other run.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,10 +49,12 @@ def main(o: Options) -> None:
     run = Path(c.out_dir)
     info = distributed.init_distributed(c.device, c.hang_timeout)
     with distributed.hang_report(info, c.hang_timeout):
-        begun = info.run_on_rank_0(lambda: newest_step(run) if c.resume != "never" else None)
+        plan_note = json.dumps(dict(guided_steps=guided_steps, new_steps=new_steps))
+        begun = info.run_on_rank_0(lambda: newest_step(run, plan_note) if c.resume != "never" else None)
         if begun is None or begun < guided_steps:
-            train.pretrain(replace(c, stop_step=guided_steps), info, guided_model, before_step(c, guided_steps))
-        if info.run_on_rank_0(lambda: newest_step(run)) >= guided_steps:  # else it was told to stop
+            guided = replace(c, stop_step=min(guided_steps, c.stop_step or guided_steps))
+            train.pretrain(guided, info, partial(guided_model, run, plan_note, info), before_step(c, guided_steps))
+        if info.run_on_rank_0(lambda: newest_step(run, plan_note)) >= guided_steps:  # else it was told to stop
             info.run_on_rank_0(lambda: drop_saved_guides(run))
             if c.stop_step is None or c.stop_step > guided_steps:
                 # The tokens of the guided steps are seen again at the end, where there are more steps than new_steps.
@@ -77,7 +81,10 @@ def plan(o: Options) -> tuple[TrainConfig, int, int]:
     return c, guided_steps, new_steps
 
 
-def guided_model(gpt: GPTConfig, seed: int | None) -> GPT:
+def guided_model(run: Path, plan_note: str, info: distributed.DistInfo, gpt: GPTConfig, seed: int | None) -> GPT:
+    """Make a model with guides, and note the plan in the run's folder, which exists by now."""
+    if info.rank == 0:
+        checkpoint.write_whole(run / "guided.json", plan_note)
     model = GPT(gpt, seed)
     guides.add_guides(model)
     return model
@@ -91,7 +98,11 @@ def before_step(c: TrainConfig, guided_steps: int) -> Callable[[GPT, int], int]:
     return set_guides
 
 
-def newest_step(run: Path) -> int | None:
+def newest_step(run: Path, plan_note: str) -> int | None:
+    """Return the step of the newest checkpoint. Raise UserError where the run was planned differently."""
+    note = run / "guided.json"
+    if note.exists() and note.read_text() != plan_note:
+        raise UserError(f"{run} was begun with {note.read_text()}, wanted {plan_note}: give it another out_dir")
     return checkpoint.newest(run)[1].get("step")
 
 
