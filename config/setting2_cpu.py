@@ -1,4 +1,4 @@
-"""The paper's setting 2 made small for 2 CPU cores: AdamW, SwiGLU, RoPE, no tricks. experiments/factor_init.py runs it.
+"""The paper's setting 2 made small for 2 CPU cores: AdamW, SwiGLU, RoPE, no tricks. A sweep of factor_init uses it.
 
 launch    python train.py config/setting2_cpu.py
 hardware  2 CPU cores

@@ -28,7 +28,8 @@ from data.tokenizers import (
     read_hf,
     train_bpe,
 )
-from lpa import checkpoint, decode, init_from
+from lpa import checkpoint, hf, init_from
+from lpa.counts import dense_weight
 from model import GPT, GPTConfig, LowDim
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
@@ -65,7 +66,7 @@ def random_config(seed: int) -> GPTConfig:
         widths = dict(attn_dim=draw.choice([None, 48]), n_kv_head=draw.choice([None, 2, 1]))
         c = replace(c, **widths, rope_theta=draw.choice([10000.0, 300.0]))
     kinds = [0, 0, 5, 8, "blockdense:8:2", "blockshuffle:2"]
-    lowdim = {name: draw.choice(kinds) for name in c.sublayers}
+    lowdim = {name: draw.choice(kinds) for name in c.projections}
     first = dict(first_ffn_dense=draw.random() < 0.3)
     return replace(c, lowdim=LowDim(**lowdim), **first, zero_init=draw.random() < 0.1)
 

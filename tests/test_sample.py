@@ -3,6 +3,7 @@
     .venv/bin/pytest tests/test_sample.py        CPU, about 20 s
 """
 
+import pickle
 import shutil
 from pathlib import Path
 

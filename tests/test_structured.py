@@ -163,14 +163,14 @@ def test_muon_treats_every_block_as_a_matrix_and_factors_decay_by_half() -> None
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("blockdense:8", "is 'blockdense:8', wanted a rank, 'blockdense:R:B' or 'blockshuffle:B'"),
-        ("monarch:4", "wanted a rank, 'blockdense:R:B' or 'blockshuffle:B'"),
+        ("blockdense:8", "is 'blockdense:8', wanted a rank, 'blockdense:R:K' or 'blockshuffle:K'"),
+        ("monarch:4", "wanted a rank, 'blockdense:R:K' or 'blockshuffle:K'"),
         ("1.5", "is '1.5', wanted a rank"),
-        ("blockdense:512:5", "wanted for B a divisor of width in = 768: 1, 2, 3, 4, 6"),
-        ("blockdense:0:4", "wanted for R a multiple of B = 4 from 4 to 768"),
-        ("blockdense:1024:4", "wanted for R a multiple of B = 4 from 4 to 768"),
-        ("blockshuffle:0", "wanted for B a divisor of width in = 768 and width out = 2048: 1, 2, 4, 8"),
-        ("blockshuffle:3", "wanted for B a divisor of width in = 768 and width out = 2048: 1, 2, 4, 8"),
+        ("blockdense:512:5", "wanted for K a divisor of width in = 768: 1, 2, 3, 4, 6"),
+        ("blockdense:0:4", "wanted for R a multiple of K = 4 from 4 to 768"),
+        ("blockdense:1024:4", "wanted for R a multiple of K = 4 from 4 to 768"),
+        ("blockshuffle:0", "wanted for K a divisor of width in = 768 and width out = 2048: 1, 2, 4, 8"),
+        ("blockshuffle:3", "wanted for K a divisor of width in = 768 and width out = 2048: 1, 2, 4, 8"),
     ],
 )
 def test_a_wrong_kind_is_one_line_that_says_what_would_be_valid(kind: str, message: str) -> None:
@@ -207,8 +207,8 @@ MILLIONS = {  # of all parameters and of the feed-forward: dense, low rank and b
 def published(size: str, up: int | str = 0) -> GPT:
     """On the meta device, and without the biases, norms and positions that the published counts leave out."""
     d, n_layer, n_head, *_ = SIZES[size]
-    c = load_config(["experiments/structured/config/structured.py", f"--n_embd={d}", f"--n_layer={n_layer}", f"--n_head={n_head}",
-                     "--vocab_size=32000", f"--lowdim.up={up}", f"--lowdim.down={up}"])  # fmt: skip
+    c = load_config(["experiments/structured/config/structured.py", f"--n_embd={d}", f"--n_layer={n_layer}",
+                     f"--n_head={n_head}", "--vocab_size=32000", f"--lowdim.up={up}", f"--lowdim.down={up}"])  # fmt: skip
     with torch.device("meta"):
         return GPT(c.gpt)
 
@@ -397,7 +397,8 @@ def test_two_ranks_are_guided_as_one(corpus: Path, tmp_path: Path) -> None:
     drawn = [guides.set_guides(model, step, 3, seed=1) or model.guiding for step in range(3)]
     assert drawn == [True, True, False]  # so one of the guided steps leaves the guides without gradient
     one = trained(corpus, tmp_path / "one", *options)
-    run_ranks(2, ["experiments.structured.train", *TINY, f"--dataset={corpus}", f"--out_dir={tmp_path / 'two'}", *options], tmp_path)
+    places = [f"--dataset={corpus}", f"--out_dir={tmp_path / 'two'}"]
+    run_ranks(2, ["experiments.structured.train", *TINY, *places, *options], tmp_path)
     two = checkpoint.load_tensors(checkpoint.newest(tmp_path / "two")[0], "model")
     assert two.keys() == one.keys()
     torch.testing.assert_close(two, one, atol=2e-4, rtol=1e-3)

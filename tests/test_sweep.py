@@ -40,7 +40,7 @@ def losses(tmp_path: Path, arm: str) -> list[float]:
 def test_a_grid_has_mean_and_spread_and_is_not_run_again(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = arguments(corpus, tmp_path, "--grid", "learning_rate=1e-4,1e-3", "--seeds=2", "--jobs=2", "--extend=false")
+    command = arguments(corpus, tmp_path, "--grid", "learning_rate=1e-4,1e-3", "--seeds=2", "--extend=false")
     sweep.main(command)
     printed = capsys.readouterr().out
     assert "learning_rate = 1e-3 is the best and lies at the edge of its grid; 0.01 would come next" in printed
@@ -117,10 +117,10 @@ def test_bad_input_is_one_line(corpus: Path, tmp_path: Path, more: list[str], me
 
 def test_a_table_of_the_paper_tunes_rates_and_compares(corpus: Path, tmp_path: Path) -> None:
     o = parse(
-        ["--table=3", f"--dataset={corpus}", "--max_steps=4", "--rates", "1e-3", "2e-3", "--seeds=2", "--jobs=2"]
-        + [f"--out_dir={tmp_path / 'runs'}", f"--results={tmp_path}"],
+        ["--table=3", f"--dataset={corpus}", "--max_steps=4", "--rates", "1e-3", "2e-3", "--seeds=2", "--jobs=2",
+         f"--out_dir={tmp_path / 'runs'}", f"--results={tmp_path}"],
         tables.Options,
-    )
+    )  # fmt: skip
     tables.main(o)
     text = (tmp_path / "lpa_table_3_cpu.md").read_text()
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| cpu")]

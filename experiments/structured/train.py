@@ -1,7 +1,7 @@
 """Train a model with structured layers that dense matrices guide at first (arXiv 2406.16450).
 
     python -m experiments.structured.train experiments/structured/config/structured_small.py --lowdim.up=128
-    python -m experiments.structured.train experiments/structured/config/structured.py --lowdim.up=192 --self_guided=flops
+    python -m experiments.structured.train config/lpa_cpu.py --self_guided=flops
 
 The guided phase comes first; its end is saved without the guides, and train.py's own loop continues from there. So a
 run may be stopped and resumed in either phase, and its checkpoints after the first are those of any other run.
