@@ -16,6 +16,7 @@ from conftest import run_here
 import eval as evaluation
 from config import UserError, parse
 from data.tokenizers import BPETokenizer, Tokenizer, train_bpe
+from lpa import hf
 from model import GPT, GPTConfig, LowDim
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")

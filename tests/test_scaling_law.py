@@ -259,7 +259,6 @@ def test_runs_of_equal_compute_get_one_note_and_an_anchor_that_says_what_it_is()
     ("preset", "message"),
     [
         ("lowdim = dict(up='blockdense:8:2')", "has lowdim.up=blockdense:8:2, wanted ranks that are numbers"),
-        ("dataset = 'copy'", "learns the generated task copy, wanted a corpus"),
     ],
 )
 def test_a_preset_that_has_no_other_sizes_is_refused(tmp_path: Path, preset: str, message: str) -> None:

@@ -149,7 +149,7 @@ def read_folders(
 
 def measure(run: Run) -> dict[str, Any]:
     """What a nat per token depends on beside the model; and the kind of model, since C = 6 N D is not of all kinds."""
-    names = dict(model="model", eval_tokens="eval_tokens", vocab_size="gpt.vocab_size")
+    names = dict(eval_tokens="eval_tokens", vocab_size="gpt.vocab_size")
     known = {name: run.options[option] for name, option in names.items()}
     return known | {"dataset": Path(run.options["dataset"]).name, "bits per byte of a nat": run.bits_per_nat()}
 
