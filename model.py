@@ -90,7 +90,7 @@ class GPTConfig:
         return self.attn_dim // self.n_head
 
     @property
-    def projections(self) -> dict[str, tuple[int, int]]:
+    def projections(self) -> dict[str, tuple]:
         """Return the width in and the width out of each projection of a block."""
         C, heads, kv, F = self.n_embd, self.attn_dim, self.n_kv_head * self.head_dim, self.ffn_dim
         gate = dict(gate=(C, F)) if self.mlp == "swiglu" else {}
@@ -116,7 +116,7 @@ class LowRank(nn.Module):
 def dense(d_in: int, d_out: int, bias: bool) -> nn.Linear:
     layer = nn.Linear(d_in, d_out, bias, device="meta")  # skips PyTorch's initialisation: init_weights draws all
     layer.weight = nn.Parameter(torch.empty(d_out, d_in))
-    layer.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+    layer.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
     return layer
 
 
@@ -156,7 +156,7 @@ def rope_table(c: GPTConfig) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()])
 
 
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+def apply_rope(x: Tensor, rope: Any) -> Tensor:
     """Rotate channel i with channel i + D/2. x (B, T, H, D); rope (2, T, D/2), or (2, B, T, D/2) by row."""
     cos, sin = rope[..., None, :]  # each (T, 1, D/2) or (B, T, 1, D/2)
     a, b = x.chunk(2, dim=-1)
@@ -261,7 +261,7 @@ class GPT(nn.Module):
             self.transformer.norm = Norm(c)
         self.lm_head = dense(c.n_embd, c.vocab_size, c.head_bias)
         if c.tie_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
+            self.lm_head.weight = self.transformer.get_parameter("wte.weight")
         self.register_buffer("rope", rope_table(c) if c.pos == "rope" else None, persistent=False)
         if seed is not None and not self.lm_head.weight.is_meta:
             self.init_weights(seed)

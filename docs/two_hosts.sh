@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Two hosts as two network namespaces, one of them cut off and brought back while train.py runs on both over gloo.
 #
-#     sudo experiments/two_hosts.sh [DATASET [NODES]]   as root, with iproute2; 3 minutes; writes out/two_hosts
+#     sudo docs/two_hosts.sh [DATASET [NODES]]   as root, with iproute2; 3 minutes; writes out/two_hosts
 #
 # 1. The link goes down for 10 s and comes back. 2. The link goes down, the host dies, comes back and joins again.
 # 3. torchrun is started anew on both.

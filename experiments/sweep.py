@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> None:
         rows = summarise(runs, c)
         best = rows[0]["arm"] if rows else None
         further = {}
-        for option, more in [argument[2:].split("=", 1) for argument in points.get(best, [])]:
+        for option, more in [argument[2:].split("=", 1) for argument in points.get(str(best), [])]:
             if (value := one_further(grid[option], more)) is not None:
                 print(f"{option} = {more} is the best and lies at the edge of its grid; {value} would come next")
                 further[option] = value

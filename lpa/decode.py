@@ -16,7 +16,7 @@ vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from model import GPT, Attention, GPTConfig, LowRank
 WITH_LATENT = LowRank | BlockDense  # layers that have `latent`, and a B that widens it
 
 
-def cached_widths(c: GPTConfig) -> dict[str, tuple[int, int]]:
+def cached_widths(c: GPTConfig) -> dict[str, tuple]:
     """Return how many heads of k, v and kr a layer caches per token, and how wide. Latents are one head."""
     rank_k, rank_v = latent_ranks(c)
     extra = c.rope_dim or 0
@@ -148,7 +148,7 @@ class KVCache:
         return y.transpose(1, 2).flatten(2)
 
 
-def latent(layer: WITH_LATENT, x: Tensor) -> Tensor:
+def latent(layer: Any, x: Tensor) -> Tensor:
     return layer.latent(x).unsqueeze(1)  # (B, T, C) -> (B, 1, T, R)
 
 

@@ -228,8 +228,8 @@ def twin(c: GPTConfig) -> nn.Module:
     c = dataclasses.replace(c, pos="rope") if c.pos == "none" else c
     if c.dropout:
         raise UserError(f"dropout is {c.dropout}, wanted 0 against transformers")
-    options = config_json(architecture(c), c, c.vocab_size) | dict(bos_token_id=None, eos_token_id=None)
-    config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
+    options = config_json(architecture(c), c, c.vocab_size or 0) | dict(bos_token_id=None, eos_token_id=None)
+    config = transformers.AutoConfig.for_model(str(options.pop("model_type")), **options)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 

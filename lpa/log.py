@@ -32,7 +32,7 @@ class Log:
         self.silent, self.full = info.rank != 0, False
         self.first, self.seconds, self.wandb_id = True, state["seconds"], state["wandb_id"]
         self.wandb: Any = None
-        self.run, self.ranks = run, info.world_size
+        self.run, self.ranks, self.device = run, info.world_size, info.device
         self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
         rate = hardware.matmul_rate(info.device, c.dtype)  # on all ranks at once: they may share a machine
         self.matmul_rate = info.world_size * info.mean(torch.tensor(rate, device=info.device)).item()
@@ -67,7 +67,7 @@ class Log:
         """Write and return the first record of this start."""
         versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
         on, dtype = hardware.describe(info.device), state["options"]["dtype"]
-        setting = dict(step=state["step"], versions=versions, device=on, ranks=info.world_size)
+        setting: dict[str, Any] = dict(step=state["step"], versions=versions, device=on, ranks=info.world_size)
         setting |= dict(matmul_flops=self.matmul_rate, options=state["options"])
         setting |= dict(parameters=counts.table(model).splitlines())
         self.write(setting)
@@ -115,7 +115,7 @@ class Log:
             f"a step: {self.tokens_per_step:,} tokens = {c.batch_size} sequences x {c.gpt.block_size} tokens"
             f" x {self.ranks} ranks x {micro_steps} micro-steps"
         )
-        if not torch.cuda.is_available():
+        if self.device.type == "cpu":
             self.say(cpu.install())  # what parallelize has installed
         step = self.clock_step
         done = f": no step is left of {self.last_step:,}" if step >= self.last_step else ""

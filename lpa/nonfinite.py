@@ -38,7 +38,7 @@ class NonFiniteCheck:
         skipped, clipped = torch.stack([self.skipped, self.clipped]).tolist()
         return dict(skipped=skipped, clipped=clipped)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         return self.counts() | dict(in_a_row=self.in_a_row.item())
 
     def stop_if_lost(self, step: int) -> None:

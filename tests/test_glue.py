@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT
 
 from config import UserError
-from data import glue as glue_data
-from data.glue import TASKS, Example
 from data.tokenizers import ByteTokenizer
-from experiments import glue
+from experiments.lpa import glue
+from experiments.lpa import glue_tasks as glue_data
+from experiments.lpa.glue_tasks import TASKS, Example
 from lpa import checkpoint
 from model import GPT, GPTConfig, LowDim
 
