@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for shape in sorted({p.shape for p in group["params"]}):  # matrices of a shape in one batched product
-                params = [p for p in group["params"] if p.shape == shape and p.grad is not None]  # guides may rest
+                params = [p for p in group["params"] if p.shape == shape and p.grad is not None]
                 for p in params:
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
                 if params:

@@ -122,8 +122,8 @@ def test_the_cache_keeps_the_latents_of_block_dense_keys_and_values(pos: str) ->
     cache = decode.new_cache(model, 3)
     steps = [model(part, cache=cache) for part in idx(model.config).split([7, 1, 1, 7], dim=1)]
     torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-4, rtol=0)
-    assert cache.held[0]["v"].shape[2:] == (1, 16, 12)
-    assert cache.held[0]["k"].shape[2:] == ((1, 16, 8) if pos == "none" else (2, 16, 8))
+    assert cache.held[0]["v"].shape[1:] == (1, 16, 12)
+    assert cache.held[0]["k"].shape[1:] == ((1, 16, 8) if pos == "none" else (2, 16, 8))
     shuffled = dataclasses.replace(model.config, lowdim=LowDim(k="blockshuffle:2", v="blockshuffle:2"))
     assert decode.cached_widths(shuffled) == {"k": (2, 8), "v": (2, 8)}
 
