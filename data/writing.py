@@ -76,38 +76,38 @@ class Source:
     """For the progress bar; None = not known."""
 
 
-def prepare(options: PrepareOptions, source: Source, part: str = "", train_tokens: float | None = None) -> None:
+def prepare(options: PrepareOptions, source: Source, train_tokens: float | None = None) -> None:
     """Writes the shards and meta.json of a corpus, or says that they are there already.
 
-    part: the mark of one machine's share, such as "_03of16"; its meta file is meta_03of16.json.
+
     train_tokens: stop when the train split has so many; None = at the end of the text.
     Raises UserError: the folder holds something else, the text or the tokenizer cannot be had, the disk is full.
     """
     folder = DATA / options.name
     asked = {"tokenizer": options.tokenizer, "shard_tokens": options.shard_tokens, "train_tokens": train_tokens}
     asked |= source.identity
-    if not options.force and is_prepared(folder, part, asked):
-        meta = json.loads((folder / f"meta{part}.json").read_text(encoding="utf-8"))
+    if not options.force and is_prepared(folder, asked):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         print(f"{options.name} is prepared already:\n{summary(meta)}")
         return
     try:
-        tokenizer, spec, shards = start_or_go_on(folder, part, asked, options, source)
-        shards = write_shards(folder, part, shards, tokenizer, source, options, train_tokens)
+        tokenizer, spec, shards = start_or_go_on(folder, asked, options, source)
+        shards = write_shards(folder, shards, tokenizer, source, options, train_tokens)
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on after the last whole shard") from None
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; the same command goes on where it was") from None
     meta = describe(tokenizer, spec, shards, asked)
-    write_whole(folder / f"meta{part}.json", json.dumps(meta, indent=1, ensure_ascii=False))
-    (folder / f"progress{part}.jsonl").unlink()
+    write_whole(folder / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False))
+    (folder / "progress.jsonl").unlink()
     print(f"{options.name} is prepared:\n{summary(meta)}")
 
 
-def is_prepared(folder: Path, part: str, asked: dict[str, Any]) -> bool:
+def is_prepared(folder: Path, asked: dict[str, Any]) -> bool:
     """Whether the folder holds what is asked, all of it. Raises UserError where it holds something else."""
-    if not (folder / f"meta{part}.json").is_file():
+    if not (folder / "meta.json").is_file():
         return False
-    meta = json.loads((folder / f"meta{part}.json").read_text(encoding="utf-8"))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     refuse_difference(folder, meta.get("prepared_with", {}), asked)
     for shard in (shard for split in meta["splits"].values() for shard in split["shards"]):
         path = folder / shard["file"]
@@ -128,25 +128,25 @@ def refuse_difference(folder: Path, there: dict[str, Any], asked: dict[str, Any]
             )
 
 
-def remove_prepared(folder: Path, part: str) -> None:
-    """Only what prepare() writes; without a part, those of all parts too."""
-    names = [f"*{part}_[0-9][0-9][0-9][0-9][0-9].bin*", f"meta{part}*.json*", "meta.json", f"progress{part}*.jsonl*"]
+def remove_prepared(folder: Path) -> None:
+    """Remove only what prepare() writes."""
+    names = ["*_[0-9][0-9][0-9][0-9][0-9].bin*", "meta*.json*", "meta.json", "progress*.jsonl*"]
     for file in (file for name in names for file in folder.glob(name)):
         file.unlink(missing_ok=True)
 
 
 def start_or_go_on(
-    folder: Path, part: str, asked: dict[str, Any], options: PrepareOptions, source: Source
+    folder: Path, asked: dict[str, Any], options: PrepareOptions, source: Source
 ) -> tuple[Tokenizer, dict[str, Any], list[dict[str, Any]]]:
     """The tokenizer, its spec and the shards noted in progress.jsonl, which it begins where there is none."""
-    progress = folder / f"progress{part}.jsonl"
+    progress = folder / "progress.jsonl"
     lines = progress.read_text(encoding="utf-8").splitlines(keepends=True) if progress.is_file() else []
     whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut
     if options.force or len(whole) < 2:
         tokenizer = choose_tokenizer(options.tokenizer, source)  # first: where it fails, --force has removed nothing
         folder.mkdir(parents=True, exist_ok=True)
         if options.force:
-            remove_prepared(folder, part)
+            remove_prepared(folder)
         spec = tokenizer.save(folder)
         write_whole(progress, json.dumps({"prepared_with": asked, "tokenizer": spec}) + "\n")
         return tokenizer, spec, []
@@ -200,7 +200,6 @@ def bpe_texts(source: Source) -> Iterator[str]:
 
 def write_shards(
     folder: Path,
-    part: str,
     shards: list[dict[str, Any]],
     tokenizer: Tokenizer,
     source: Source,
@@ -215,7 +214,7 @@ def write_shards(
 
     def writer(split: str) -> SplitWriter:
         if split not in writers:
-            writers[split] = SplitWriter(folder, part, split, tokenizer, options.shard_tokens, shards)
+            writers[split] = SplitWriter(folder, split, tokenizer, options.shard_tokens, shards)
         return writers[split]
 
     tasks = not_done(in_tasks(source.pieces(), cut=not isinstance(tokenizer, HFTokenizer)), done)
@@ -276,10 +275,10 @@ class SplitWriter:
     """The shards of one split. A file named .tmp is not whole; the next run begins it anew."""
 
     def __init__(
-        self, folder: Path, part: str, split: str, tokenizer: Tokenizer, shard_tokens: int, shards: list[dict[str, Any]]
+        self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, shards: list[dict[str, Any]]
     ) -> None:
         """Goes on after `shards`, the whole shards of all splits, and appends to them."""
-        self.folder, self.part, self.split = folder, part, split
+        self.folder, self.split = folder, split
         self.dtype, self.shard_tokens, self.shards = dtype_of(tokenizer), shard_tokens, shards
         before = [shard for shard in shards if shard["split"] == split]
         self.number, self.tokens = len(before), sum(shard["tokens"] for shard in before)
@@ -287,7 +286,7 @@ class SplitWriter:
 
     def add(self, result: Tokens) -> None:
         if self.open is None:
-            file = f"{self.split}{self.part}_{self.number:05d}.bin"
+            file = f"{self.split}_{self.number:05d}.bin"
             self.shard = {"split": self.split, "file": file, "tokens": 0, "bytes": 0, "documents": 0, "tasks": 0}
             self.shard["max_token"] = 0
             self.open = open(self.folder / f"{file}.tmp", "wb")  # noqa: SIM115 (open from one call to the next)
@@ -313,7 +312,7 @@ class SplitWriter:
         path = self.folder / self.shard["file"]
         os.replace(f"{path}.tmp", path)
         self.shard["sha256"] = sha256_of(path)
-        with open(self.folder / f"progress{self.part}.jsonl", "a", encoding="utf-8") as progress:
+        with open(self.folder / "progress.jsonl", "a", encoding="utf-8") as progress:
             progress.write(json.dumps(self.shard) + "\n")
             flush_to_disk(progress)
         self.shards.append(self.shard)

@@ -332,23 +332,8 @@ def test_wikitext_has_one_article_per_document(tmp_path):
     assert text_of(tmp_path / "corpus", "train").split("<|endoftext|>") == [*documents, ""]
 
 
-def test_webtext_parts_make_one_corpus_in_any_order(tmp_path, capsys):
+def test_webtext_stops_at_so_many_tokens(tmp_path):
     source = write_jsonl(tmp_path / "text.jsonl", [f"Document {i}. " * 30 for i in range(5000)])
     arguments = [f"--path={source}", "--tokenizer=byte", "--shard_tokens=300000"]
-    for part in ("3/3", "1/3", "2/3"):
-        webtext.main(parse([*arguments, f"--name={tmp_path / 'parts'}", f"--part={part}"], webtext.Options))
-    webtext.main(parse([*arguments, f"--name={tmp_path / 'whole'}"], webtext.Options))
-    assert "1 of 3 parts are not in" in capsys.readouterr().out
-    for split in ("train", "val"):
-        parts, whole = (sorted(text_of(tmp_path / n, split).split("<|endoftext|>")) for n in ("parts", "whole"))
-        assert parts == whole
-    assert read_meta(tmp_path / "parts")["splits"]["train"]["shards"][0]["file"] == "train_01of03_00000.bin"
     webtext.main(parse([*arguments, f"--name={tmp_path / 'few'}", "--tokens=1e5"], webtext.Options))
     assert 1e5 <= open_corpus(str(tmp_path / "few"), "train").tokens < 1e6
-
-
-def test_webtext_parts_need_a_tokenizer_that_is_there():
-    with pytest.raises(UserError, match="which each part would train on other text"):
-        webtext.main(webtext.Options(part="1/2", tokenizer="bpe:32000"))
-    with pytest.raises(UserError, match="part is '3/2', wanted K/N"):
-        parse(["--part=3/2"], webtext.Options)

@@ -9,6 +9,7 @@ run may be stopped and resumed in either phase, and its checkpoints after the fi
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,8 @@ import train
 from config import TrainConfig, UserError, load_config, user_errors
 from data.tokenizers import load_tokenizer
 from experiments.structured import guides
-from lpa import checkpoint, distributed
+from lpa import checkpoint, distributed, init_from
+from lpa.distributed import DistInfo
 from model import GPT, GPTConfig, LowDim
 
 
@@ -40,27 +42,34 @@ class Options:
             raise ValueError(f"self_guided is {self.self_guided}, wanted a share above 0, at most 1, or flops")
         if not any(vars(self.train.gpt.lowdim).values()):
             raise ValueError("lowdim leaves every matrix dense, wanted factored ones to guide")
-        if self.train.shard or self.train.init_from is not None:
-            raise ValueError("shard and init_from are options of train.py alone")
 
 
 def main(o: Options) -> None:
     c, guided_steps, new_steps = plan(o)
-    run = Path(c.out_dir)
     info = distributed.init_distributed(c.device, c.hang_timeout)
     with distributed.hang_report(info, c.hang_timeout):
-        plan_note = json.dumps(dict(guided_steps=guided_steps, new_steps=new_steps))
-        begun = info.run_on_rank_0(lambda: newest_step(run, plan_note) if c.resume != "never" else None)
-        if begun is None or begun < guided_steps:
-            guided = replace(c, stop_step=min(guided_steps, c.stop_step or guided_steps))
-            train.pretrain(guided, info, partial(guided_model, run, plan_note, info), before_step(c, guided_steps))
-        if info.run_on_rank_0(lambda: newest_step(run, plan_note)) >= guided_steps:  # else it was told to stop
-            info.run_on_rank_0(lambda: drop_saved_guides(run))
-            if c.stop_step is None or c.stop_step > guided_steps:
-                # The tokens of the guided steps are seen again at the end, where there are more steps than new_steps.
-                again = replace(c, resume="must")
-                train.pretrain(again, info, before_step=lambda model, step: step % new_steps)
+        train_in_phases(c, guided_steps, new_steps, info)
         info.close()
+
+
+def train_in_phases(c: TrainConfig, guided_steps: int, new_steps: int, info: DistInfo) -> None:
+    run, started = Path(c.out_dir), time.monotonic()
+    note = json.dumps(dict(guided_steps=guided_steps, new_steps=new_steps))
+    done = info.run_on_rank_0(lambda: c.resume != "never" and saved_step(run, note) >= guided_steps)
+    if not done:
+        if info.rank == 0:
+            print(f"self-guided: the first {guided_steps:,} of {c.max_steps:,} steps; {new_steps:,} read new tokens")
+        guided = replace(c, stop_step=min(guided_steps, c.stop_step or guided_steps), init_from=None)
+        train.pretrain(guided, info, partial(guided_model, c, note, info.rank), before_step(c, guided_steps))
+        stopped = (run / "stopped.json").exists()  # by a signal, maybe in the very last of these steps
+        done = info.run_on_rank_0(lambda: not stopped and saved_step(run, note) >= guided_steps)
+    if done:
+        info.run_on_rank_0(lambda: drop_saved_guides(run))
+        if c.stop_step is None or c.stop_step > guided_steps:
+            left = c.max_hours and max(1e-6, c.max_hours - (time.monotonic() - started) / 3600)
+            plain = replace(c, resume="must", max_hours=left)
+            # Where there are more steps than new_steps, the last ones read the tokens of the guided ones again.
+            train.pretrain(plain, info, before_step=lambda _, step: step % new_steps)
 
 
 def plan(o: Options) -> tuple[TrainConfig, int, int]:
@@ -81,11 +90,16 @@ def plan(o: Options) -> tuple[TrainConfig, int, int]:
     return c, guided_steps, new_steps
 
 
-def guided_model(run: Path, plan_note: str, info: distributed.DistInfo, gpt: GPTConfig, seed: int | None) -> GPT:
-    """Make a model with guides, and note the plan in the run's folder, which exists by now."""
-    if info.rank == 0:
-        checkpoint.write_whole(run / "guided.json", plan_note)
+def guided_model(c: TrainConfig, note: str, rank: int, gpt: GPTConfig, seed: int | None) -> GPT:
+    """Make a model with guides, new or to be filled. Note the plan in the run's folder, which exists by now."""
+    if rank == 0:
+        checkpoint.write_whole(Path(c.out_dir) / "guided.json", note)
     model = GPT(gpt, seed)
+    if seed is not None and c.init_from is not None:  # before the guides, which start as the products of the factors
+        tokenizer = data.open_corpus(c.dataset, "train").meta["tokenizer"]
+        energy = init_from.start_from(Path(c.init_from), model, tokenizer)
+        if rank == 0:
+            print(f"weights of {c.init_from}; {init_from.energy_table(energy)}")
     guides.add_guides(model)
     return model
 
@@ -98,26 +112,29 @@ def before_step(c: TrainConfig, guided_steps: int) -> Callable[[GPT, int], int]:
     return set_guides
 
 
-def newest_step(run: Path, plan_note: str) -> int | None:
-    """Return the step of the newest checkpoint. Raise UserError where the run was planned differently."""
-    note = run / "guided.json"
-    if note.exists() and note.read_text() != plan_note:
-        raise UserError(f"{run} was begun with {note.read_text()}, wanted {plan_note}: give it another out_dir")
-    return checkpoint.newest(run)[1].get("step")
+def saved_step(run: Path, note: str) -> int:
+    """Return the step of the newest checkpoint, -1 without one. Raise UserError where the run has another plan."""
+    path = run / "guided.json"
+    if path.exists() and path.read_text() != note:
+        raise UserError(f"{run} was begun with {path.read_text()}, wanted {note}: give it another out_dir")
+    return checkpoint.newest(run)[1].get("step", -1)
 
 
 def drop_saved_guides(run: Path) -> None:
-    """Save the end of the guided phase again without the guides, if that has not happened."""
-    folder, manifest = checkpoint.find(run)
-    tensors = {
-        f"{part}.{name}": tensor
-        for part in ("model", "optimizer")
-        for name, tensor in checkpoint.load_tensors(folder, part).items()
-    }
-    if any(name.endswith(".guide") for name in tensors):
-        tokenizer = load_tokenizer(folder, manifest["tokenizer"])
-        state = {name: value for name, value in manifest.items() if name not in ("files", "sha256", "tokenizer")}
-        checkpoint.save(run, guides.without_guides(tensors), state, tokenizer)
+    """Save the end of the guided phase again without the guides, and before it the best checkpoint, if another is."""
+    best = run / "ckpt" / "best"
+    for place in [best, run] if best.exists() else [run]:  # in this order, as `last` then points to the newest
+        folder, manifest = checkpoint.find(place)
+        if any(guides.is_guide(name) for name in checkpoint.saved_index(folder)):
+            tensors = {
+                f"{part}.{name}": tensor
+                for part in ("model", "optimizer")
+                for name, tensor in checkpoint.load_tensors(folder, part).items()
+                if not guides.is_guide(name)
+            }
+            tokenizer = load_tokenizer(folder, manifest["tokenizer"])
+            state = {name: value for name, value in manifest.items() if name not in ("files", "sha256", "tokenizer")}
+            checkpoint.save(run, tensors, state, tokenizer)
 
 
 if __name__ == "__main__":
