@@ -19,7 +19,6 @@ import train
 from config import TrainConfig, UserError, load_config
 from experiments.structured import guides
 from experiments.structured import train as guided_train
-from experiments.structured.guides import Guided
 from experiments.structured.premerge import Merged, few_tokens, premerge
 from lpa import checkpoint, decode, init, optim
 from lpa.counts import dense_weight, table
@@ -108,7 +107,7 @@ def test_a_merged_model_gives_the_same_logits(options: dict) -> None:
     low = mixed(**options)
     dense = GPT(dataclasses.replace(low.config, lowdim=LowDim()))
     state = {n: p for n, p in low.state_dict().items() if not n.endswith((".A", ".B"))}
-    state |= {f"{n}.weight": dense_weight(m) for n, m in low.named_modules() if isinstance(m, guides.FACTORED)}
+    state |= {f"{n}.weight": dense_weight(m) for n, m in low.named_modules() if isinstance(m, optim.FACTORED)}
     dense.load_state_dict(state)
     torch.testing.assert_close(low(idx(low.config)), dense(idx(low.config)), atol=1e-4, rtol=1e-4)
     assert ("transformer.h.0.mlp.up.weight" in low.state_dict()) == low.config.first_ffn_dense
@@ -146,7 +145,7 @@ def test_muon_treats_every_block_as_a_matrix_and_factors_decay_by_half() -> None
     c = TrainConfig(gpt=model.config, optimizer="muon", weight_decay=0.1, learning_rate=0.01)
     _, muon = optim.make_optimizers(model, c)
     assert {p for group in muon.param_groups if group["name"] == "factors" for p in group["params"]} == {
-        p for m in model.modules() if isinstance(m, guides.FACTORED) for p in (m.A, m.B)
+        p for m in model.modules() if isinstance(m, optim.FACTORED) for p in (m.A, m.B)
     }
     factor = model.transformer.h[0].attn.q.A  # (4, 8, 8)
     before = factor.detach().clone()
@@ -266,10 +265,9 @@ def test_a_guide_changes_nothing_at_first_then_mixes_and_never_evaluates() -> No
         guides.set_guides(model, alpha_step, 10, seed=1)
         torch.testing.assert_close(model(idx(model.config)), plain, atol=1e-4, rtol=1e-4)
     layer = model.transformer.h[0].mlp.down
-    assert isinstance(layer, Guided)
     layer.guide.data.normal_()
     layer.guiding, x = True, draw(5, layer.guide.size(1), dtype=torch.float32)
-    mixture = 0.7 * F.linear(x, layer.guide) + 0.3 * F.linear(x, dense_weight(layer.layer)) + layer.layer.bias
+    mixture = 0.7 * F.linear(x, layer.guide) + 0.3 * F.linear(x, dense_weight(layer)) + layer.bias
     layer.alpha.fill_(0.7)
     torch.testing.assert_close(layer(x), mixture, atol=1e-4, rtol=1e-4)
     model.eval()
@@ -277,8 +275,8 @@ def test_a_guide_changes_nothing_at_first_then_mixes_and_never_evaluates() -> No
 
 
 def test_the_guide_takes_part_with_probability_alpha() -> None:
-    layer = Guided(layers(6, 10, 2)[1])
-    seen = []
+    layer, seen = layers(6, 10, 2)[1], []
+    guides.add_guides(layer)
     for step in range(2000):
         guides.set_guides(layer, step, 2000, seed=3)
         assert layer.alpha.item() == pytest.approx((1 + math.cos(math.pi * step / 2000)) / 2, abs=1e-6)
@@ -297,10 +295,9 @@ def test_a_guide_that_rests_keeps_its_weights_and_moments(optimizer: str) -> Non
     optimizers = optim.make_optimizers(model, c)
     guide = model.transformer.h[0].attn.q.guide
     for guiding in (True, False):
-        for module in model.modules():
-            if isinstance(module, Guided):
-                module.guiding = guiding
-                module.alpha.fill_(0.5)
+        for layer in guides.factored_layers(model):
+            layer.guiding = guiding
+            layer.alpha.fill_(0.5)
         before = guide.detach().clone()
         model(idx(model.config), idx(model.config)).backward()
         assert (guide.grad is None) != guiding
@@ -308,12 +305,6 @@ def test_a_guide_that_rests_keeps_its_weights_and_moments(optimizer: str) -> Non
             o.step()
             o.zero_grad()
         assert torch.equal(guide, before) != guiding
-    tensors = guides.without_guides(checkpoint.live_tensors(model, optimizers))
-    guides.drop_guides(model)
-    plain = {f"model.{name}" for name in model.state_dict()}
-    assert {name for name in tensors if name.startswith("model.")} == plain
-    names = dict(model.named_parameters())
-    assert all(n.removeprefix("optimizer.").rpartition(".")[0] in names for n in tensors if n not in plain)
 
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--lowdim.up=blockdense:8:2", "--lowdim.k=8",
@@ -354,9 +345,8 @@ def test_a_guided_model_is_evaluated_and_decoded_as_without_its_guide(changes: d
     model = randomise(GPT(GPTConfig(**SMALL, **changes))).eval()
     full = model(idx(model.config))
     guides.add_guides(model)
-    for module in model.modules():
-        if isinstance(module, Guided):
-            module.guide.data.normal_()
+    for layer in guides.factored_layers(model):
+        layer.guide.data.normal_()
     torch.testing.assert_close(model.eval()(idx(model.config)), full)
     cache = decode.new_cache(model, 3)
     with torch.no_grad():
@@ -392,7 +382,8 @@ def test_a_guided_model_compiles_to_two_graphs_whatever_alpha_is() -> None:
 
 def test_two_ranks_are_guided_as_one(corpus: Path, tmp_path: Path) -> None:
     options = ["--max_steps=6", "--self_guided=0.5", "--tokens_per_step=128"]
-    model = Guided(layers(6, 10, 2)[0])
+    model = layers(6, 10, 2)[0]
+    guides.add_guides(model)
     drawn = [guides.set_guides(model, step, 3, seed=1) or model.guiding for step in range(3)]
     assert drawn == [True, True, False]  # so one of the guided steps leaves the guides without gradient
     one = trained(corpus, tmp_path / "one", *options)

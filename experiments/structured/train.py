@@ -45,10 +45,10 @@ class Options:
 
 
 def main(o: Options) -> None:
-    c, guided_steps, new_steps = plan(o)
-    info = distributed.init_distributed(c.device, c.hang_timeout)
-    with distributed.hang_report(info, c.hang_timeout):
-        train_in_phases(c, guided_steps, new_steps, info)
+    info = distributed.init_distributed(o.train.device, o.train.hang_timeout)
+    with distributed.hang_report(info, o.train.hang_timeout):
+        info.run_on_rank_0(lambda: train.prepare_missing(o.train.dataset))  # its vocabulary counts
+        train_in_phases(*plan(o), info)
         info.close()
 
 
@@ -61,8 +61,8 @@ def train_in_phases(c: TrainConfig, guided_steps: int, new_steps: int, info: Dis
             print(f"self-guided: the first {guided_steps:,} of {c.max_steps:,} steps; {new_steps:,} read new tokens")
         guided = replace(c, stop_step=min(guided_steps, c.stop_step or guided_steps), init_from=None)
         train.pretrain(guided, info, partial(guided_model, c, note, info.rank), before_step(c, guided_steps))
-        stopped = (run / "stopped.json").exists()  # by a signal, maybe in the very last of these steps
-        done = info.run_on_rank_0(lambda: not stopped and saved_step(run, note) >= guided_steps)
+        stopped = run / "stopped.json"  # a signal may come in the very last of these steps
+        done = info.run_on_rank_0(lambda: not stopped.exists() and saved_step(run, note) >= guided_steps)
     if done:
         info.run_on_rank_0(lambda: drop_saved_guides(run))
         if c.stop_step is None or c.stop_step > guided_steps:
