@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -317,21 +318,38 @@ def trained(corpus: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
     return checkpoint.load_tensors(checkpoint.newest(out)[0], "model")
 
 
-def test_a_guided_run_may_stop_anywhere_and_ends_without_its_guide(corpus: Path, tmp_path: Path) -> None:
-    """Stopped while guided, just when the guide goes, and after: the weights are those of a run that went through."""
-    options = ["--max_steps=8", "--self_guided=0.5"]
-    whole = trained(corpus, tmp_path / "whole", *options)
-    assert not any("guide" in name or ".layer." in name for name in whole)
+def test_a_guided_run_may_stop_anywhere_and_ends_without_its_guide(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while guided, by a signal in the last guided step, just after it, and later: the weights are the same."""
+    options, original = ["--max_steps=8", "--self_guided=0.5"], guides.set_guides
+    straight = trained(corpus, tmp_path / "straight", *options)
+    assert straight.keys() == GPT(model_options(tmp_path / "straight")).state_dict().keys()
     parts = tmp_path / "parts"
-    midway = trained(corpus, parts, *options, "--stop_step=2")
-    assert "transformer.h.1.mlp.down.guide" in midway
-    assert not any("guide" in name for name in trained(corpus, parts, *options, "--stop_step=4", "--resume"))
+    assert "transformer.h.1.mlp.down.guide" in trained(corpus, parts, *options, "--stop_step=2")
+    checkpoint.mark_best(parts, 2, val_loss=0.1)
+    with monkeypatch.context() as patch:
+        stop = lambda m, step, *rest: original(m, step, *rest) or (step == 3 and signal.raise_signal(signal.SIGTERM))  # noqa: E731
+        patch.setattr(guides, "set_guides", stop)
+        assert "transformer.h.1.mlp.down.guide" in trained(corpus, parts, *options, "--resume")
+    assert trained(corpus, parts, *options, "--stop_step=4", "--resume").keys() == straight.keys()
     trained(corpus, parts, *options, "--stop_step=6", "--resume")
     resumed = trained(corpus, parts, *options, "--resume")
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    assert checkpoint.load_model(parts / "ckpt/best", torch.device("cpu"))[2]["step"] == 2  # which had guides
     with pytest.raises(UserError, match="was begun with"):
         trained(corpus, parts, "--max_steps=8", "--self_guided=0.25", "--resume")
+
+    c = load_config([*TINY, f"--dataset={corpus}", f"--init_from={parts}"])
+    model = guided_train.guided_model(c, "", 1, model_options(parts), seed=1)
+    layer = model.transformer.h[1].mlp.up
+    assert torch.equal(layer.A, straight["transformer.h.1.mlp.up.A"])
+    assert torch.equal(layer.guide, dense_weight(layer))
+
+
+def model_options(run: Path) -> GPTConfig:
+    return checkpoint.gpt_config(checkpoint.find(run)[1]["options"]["gpt"])
 
 
 @pytest.mark.parametrize(
@@ -380,18 +398,19 @@ def test_a_guided_model_compiles_to_two_graphs_whatever_alpha_is() -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_two_ranks_are_guided_as_one(corpus: Path, tmp_path: Path) -> None:
+def test_two_processes_are_guided_as_one(corpus: Path, tmp_path: Path) -> None:
+    """By DDP, and by FSDP."""
     options = ["--max_steps=6", "--self_guided=0.5", "--tokens_per_step=128"]
-    model = layers(6, 10, 2)[0]
-    guides.add_guides(model)
-    drawn = [guides.set_guides(model, step, 3, seed=1) or model.guiding for step in range(3)]
+    layer = layers(6, 10, 2)[0]
+    guides.add_guides(layer)
+    drawn = [guides.set_guides(layer, step, 3, seed=1) or layer.guiding for step in range(3)]
     assert drawn == [True, True, False]  # so one of the guided steps leaves the guides without gradient
     one = trained(corpus, tmp_path / "one", *options)
-    places = [f"--dataset={corpus}", f"--out_dir={tmp_path / 'two'}"]
-    run_ranks(2, ["experiments.structured.train", *TINY, *places, *options], tmp_path)
-    two = checkpoint.load_tensors(checkpoint.newest(tmp_path / "two")[0], "model")
-    assert two.keys() == one.keys()
-    torch.testing.assert_close(two, one, atol=2e-4, rtol=1e-3)
+    for shard in ("false", "true"):
+        places = [f"--dataset={corpus}", f"--out_dir={tmp_path / shard}", f"--shard={shard}"]
+        run_ranks(2, ["experiments.structured.train", *TINY, *options, *places], tmp_path)
+        two = checkpoint.load_tensors(checkpoint.newest(tmp_path / shard)[0], "model")
+        torch.testing.assert_close(two, one, atol=2e-4, rtol=1e-3)
 
 
 def test_fixed_flops_add_the_guided_steps_and_see_their_tokens_again(

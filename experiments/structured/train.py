@@ -58,7 +58,7 @@ def train_in_phases(c: TrainConfig, guided_steps: int, new_steps: int, info: Dis
     done = info.run_on_rank_0(lambda: c.resume != "never" and saved_step(run, note) >= guided_steps)
     if not done:
         if info.rank == 0:
-            print(f"self-guided: the first {guided_steps:,} of {c.max_steps:,} steps; {new_steps:,} read new tokens")
+            print(f"self-guided: {guided_steps:,} of {c.max_steps:,} steps, which this table shows with their guides")
         guided = replace(c, stop_step=min(guided_steps, c.stop_step or guided_steps), init_from=None)
         train.pretrain(guided, info, partial(guided_model, c, note, info.rank), before_step(c, guided_steps))
         stopped = run / "stopped.json"  # a signal may come in the very last of these steps
