@@ -20,8 +20,16 @@ def test_the_notebook_is_kept_without_outputs() -> None:
     code = [cell for cell in CELLS if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     assert [cell["metadata"] for cell in code if cell["metadata"]] == [{"tags": ["parameters"]}]
-    for cell in code:
-        ast.parse("".join(cell["source"]))
+
+
+def test_what_the_notebook_imports_exists() -> None:
+    source = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code")
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if node.module.split(".")[0] in ("config", "experiments", "model")]
+    assert len(ours) >= 5
+    for node in ours:
+        for alias in node.names:
+            exec(f"from {node.module} import {alias.name}", {})
 
 
 @pytest.mark.slow
