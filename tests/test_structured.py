@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from config import TrainConfig, UserError, load_config
-from experiments.structured import guides
+from experiments.structured import guides, speed
 from experiments.structured import train as guided_train
 from experiments.structured.premerge import Merged, few_tokens, premerge
 from lpa import checkpoint, decode, init, optim
@@ -452,3 +452,23 @@ def test_few_is_where_the_factors_become_faster(monkeypatch: pytest.MonkeyPatch)
         seconds = lambda layers, x, few: 10 + len(x) if few else first + len(x) / 2  # noqa: B023, E731
         monkeypatch.setattr("experiments.structured.premerge.seconds_of", seconds)
         assert few_tokens(built) == wanted
+
+
+# --- Speed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [48, 192, 768, 2048, 5120])
+@pytest.mark.parametrize(("part", "share"), [(2, 0.625), (4, 0.3125)])
+def test_every_kind_has_the_share_that_its_label_says(C: int, part: int, share: float) -> None:
+    for kind in speed.kinds(C, part).values():
+        pair = [speed.make(kind, *shape, torch.device("meta")) for shape in ((C, 4 * C), (4 * C, C))]
+        kept = sum(p.numel() for layer in pair for p in layer.parameters()) / (8 * C * C)
+        assert kept == pytest.approx(share, rel=0.001 if C > 48 else 0.04), kind
+
+
+def test_the_table_of_speed(tmp_path: Path) -> None:
+    speed.main(speed.Options(widths=(512,), tokens=(1, 8), rounds=1, out=tmp_path))
+    rows = [row.split(" | ") for row in (tmp_path / "structured_ffn_speed.md").read_text().splitlines()]
+    rows = [row for row in rows if row[0] == "| 512"]
+    assert [row[1:3] for row in rows] == [["1", "63 %"], ["1", "32 %"], ["8", "63 %"], ["8", "32 %"]]
+    assert all(float(cell.partition(" (")[0]) > 0 for row in rows for cell in row[3:6])
