@@ -58,7 +58,7 @@ def cpu_rows() -> list[str]:
 def gpu_rows() -> list[str]:
     """Return arguments of bench.py for one GPU of 139 GiB, the targets first; presets of the paper are bfloat16.
 
-    At 16,384 tokens the dense 3B twin's cache takes 4.4 GB a sequence and the latent one 0.5 GB: 24 sequences of both
+    At 16,384 tokens the dense 3B twin's cache takes 4.4 GB per sequence, the latent one 0.5 GB: 24 sequences of both
     stand beside both models' weights. transformers has no class of the 3B shape.
     """
     long = f"{LPA_3B} --pos=none --block_size=16640 --mode=decode --context=16384 --decode_tokens=64 --pairs=3"
