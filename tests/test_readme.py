@@ -1,4 +1,4 @@
-"""Every command of the pages and the docstrings names what exists, parses, and, for the three of the demo, runs.
+"""Each page and docstring: its commands parse, its files exist, and the three commands of the demo run.
 
     .venv/bin/pytest tests/test_readme.py        CPU, about 20 s
 """
@@ -13,41 +13,37 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-import bench
-import eval as evaluation
-import export
-import sample
-from config import TrainConfig, load_config, parse
+from config import TrainConfig, load_config
 from lpa import hf
+from model import GPTConfig
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "experiments").glob("*/README.md"))
-BLOCKS = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL)]
-FILES = ("*.py", "config/*.py", "data/*.py", "data/*/prepare.py", "lpa/*.py", "experiments/*.py", "experiments/*/*.py")
-PATHS = [path for pattern in FILES for path in sorted(ROOT.glob(pattern))]
-DOCSTRINGS = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in PATHS]
-COMMANDS = sorted({
-    line.split("#")[0].split("|")[-1].strip()
-    for block in BLOCKS
-    for line in block.splitlines()
-    if re.match(r"(python|torchrun|make|cat) ", line)
-} | {
-    re.split(r" {2,}| > ", command)[0].strip()
-    for docstring in DOCSTRINGS
-    for command in re.findall(r"^(?:launch)? *(?:echo .*\| )?((?:python|torchrun) .*)", docstring, flags=re.MULTILINE)
-    if "$" not in command and "config/mine.py" not in command  # what the shell fills in, a preset of the reader
-})  # fmt: skip
+FOLDERS = ("config", "data", "lpa", "experiments")
+CODE = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+CLASSES = dict(train="TrainConfig", sample="SampleConfig", eval="EvalConfig")
+CLASSES |= dict(export="ExportConfig", bench="BenchConfig")
+MADE_UP = {"config/mine.py", "config/narrow_cpu.py"}  # files that the reader writes
+
+
+def commands_in(text: str) -> set[str]:
+    """Return the commands of lines and of `code` in a page or docstring, without comments and placeholders."""
+    text = re.sub(r" *\\\n *", " ", text)
+    found = re.findall(r"^(?:launch)? *(?:echo .*\| )?((?:python|torchrun|make) .*)", text, flags=re.MULTILINE)
+    found = [re.split(r" #| {2,}| > ", command)[0].strip() for command in found]
+    found += re.findall(r"`((?:python|torchrun) (?:-m \w|\w+\.py)[^`\n]*)`", text)
+    skip = r"\$|\bRUNS?\b|NAME|--key|--help|config/mine|unicode_names|=silu|structured_ffn$"  # the last: commit f374173
+    return {command for command in found if not re.search(skip, command)}
+
+
+DOCSTRINGS = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in CODE]
+COMMANDS = sorted(set.union(*(commands_in(text) for text in [*DOCSTRINGS, *(p.read_text() for p in PAGES)])))
 
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 160
     assert len(README.split()) <= 1600
-
-
-def test_the_readme_has_commands() -> None:
-    assert len(COMMANDS) >= 10
-    assert any(command.startswith("torchrun") for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -58,29 +54,27 @@ def test_the_command_exists_and_its_options_parse(command: str) -> None:
         return
     while program == "torchrun" and arguments[0].startswith("--"):
         arguments = arguments[1:]
-    if arguments[0] == "-m":
-        module = importlib.import_module(arguments[1])
-        if arguments[1] == "experiments.sweep":
-            base, grid, _ = module.split_arguments(arguments[2:])
-            for more in module.arms(grid).values():
-                load_config([*base, *more])
-        else:
-            options = sample.SampleConfig if arguments[1].endswith("sample") else module.Options
-            load_config(arguments[2:], options)
-        return
-    script, *arguments = arguments
-    assert (ROOT / script).exists()
-    plain = {"sample.py": sample.SampleConfig, "eval.py": evaluation.EvalConfig, "export.py": export.ExportConfig}
-    if script in plain:
-        parse(arguments, plain[script])
+    name, *arguments = arguments[1:] if arguments[0] == "-m" else arguments
+    module = importlib.import_module(name.removesuffix(".py"))
+    if name == "experiments.sweep":
+        base, grid, _ = module.split_arguments(arguments)
+        for more in module.arms(grid).values():
+            load_config([*base, *more])
     else:
-        load_config(arguments, {"train.py": TrainConfig, "bench.py": bench.BenchConfig}[script])
+        kind = "SampleConfig" if name.endswith(".sample") else CLASSES.get(module.__name__, "Options")
+        load_config(arguments, getattr(module, kind))
+
+
+def test_the_commands_of_each_kind_are_found() -> None:
+    assert len(COMMANDS) >= 80
+    programs = ("torchrun --nnodes=2", "python -m experiments.recurrent.train", "python export.py", "make demo")
+    assert [p for p in programs if not any(c.startswith(p) for c in COMMANDS)] == []
 
 
 def test_the_line_that_begins_with_gpt2_has_its_options(tmp_path: Path) -> None:
     pytest.importorskip("transformers").GPT2Config().save_pretrained(tmp_path)  # of the published 124M
     theirs = dataclasses.replace(hf.read_options(tmp_path, *hf.read_config(tmp_path)), bias=True)
-    command = next(command for command in COMMANDS if "--init_from=gpt2" in command)
+    command = next(c for c in COMMANDS if "nanogpt_124m" in c and "--init_from=gpt2" in c)
     assert load_config(shlex.split(command)[2:]).gpt == theirs
 
 
@@ -91,19 +85,30 @@ def test_code_of_the_walkthrough_stands_in_the_model() -> None:
     assert [line for block in blocks for line in block.splitlines() if line not in code] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_file_that_a_page_names_exists(page: Path) -> None:
-    named = re.findall(r"(?:config|docs|experiments|tests|results)/[\w/]+\.(?:py|md|ipynb|sh)", page.read_text())
-    not_yet = {"config/mine.py", "config/PRESET.py", "config/narrow_cpu.py", "results/lpa.md", "results/h200.md"}
-    assert [name for name in named if name not in not_yet and not (ROOT / name).exists()] == []
+def test_the_options_that_replace_those_of_nanogpt_exist() -> None:
+    table = (ROOT / "docs" / "nanogpt.md").read_text().split("\n## ")[1]
+    ours = " ".join(row.split("|")[2] for row in table.splitlines() if row.startswith("| `"))
+    named = set(re.findall(r"(?<=`)(?:--)?[a-z_]{4,}(?=[`=])", ours))
+    options = {field.name for kind in (TrainConfig, GPTConfig) for field in dataclasses.fields(kind)}
+    assert len(named) >= 12
+    assert {name.removeprefix("--") for name in named} <= options
 
 
-def test_every_file_of_the_tree_exists_and_none_is_missing() -> None:
-    tree = next(block for block in BLOCKS if block.startswith("model.py"))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_and_link_of_a_page_exists(page: Path) -> None:
+    text = page.read_text()
+    folders = "config|docs|experiments|lpa|results|tests"
+    named = re.findall(rf"(?<![\w/])(?:{folders})/[\w/]+\.(?:py|md|ipynb|sh|svg|png)", text)
+    assert [name for name in named if name not in MADE_UP and not (ROOT / name).exists()] == []
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_tree_names_every_command_and_folder() -> None:
+    tree = re.search(r"```\n(model\.py.*?)```", README, flags=re.DOTALL)[1]
     named = set(re.findall(r"\b\w+\.py|^\w+(?=/)", tree, flags=re.MULTILINE))
     assert all((ROOT / name).exists() for name in named)
-    code = {path.name for path in ROOT.glob("*.py")}
-    assert code <= named
+    assert {path.name for path in ROOT.glob("*.py")} <= named
 
 
 def test_the_commands_of_the_demo_run(tmp_path: Path) -> None:
