@@ -141,7 +141,7 @@ def test_a_batch_beyond_those_counted_lies_on_their_line(monkeypatch: pytest.Mon
     counted = planning.activation_peak(GPT_SMALL, "float32", 40, "none", False)
     planning.activation_peak.cache_clear()
     monkeypatch.setattr(planning, "LINE_FROM", 8 * GPT_SMALL.block_size)
-    assert planning.activation_peak(GPT_SMALL, "float32", 40, "none", False) == pytest.approx(counted, rel=0.02)
+    assert planning.activation_peak(GPT_SMALL, "float32", 40, "none", False) == pytest.approx(counted, rel=0.04)
     planning.activation_peak.cache_clear()
 
 

@@ -34,7 +34,7 @@ def write_log(
     gpt = shape(rank, options.pop("vocab", 256))
     c = TrainConfig(gpt=gpt, max_steps=30, out_dir=str(folder), **options)
     table = counts.table(GPT(gpt, seed=None)).splitlines()
-    records = [dict(step=0, versions={}, device="cpu", options=dataclasses.asdict(c), parameters=table)]
+    records = [dict(step=0, versions=dict(torch="2.13"), device="cpu", options=dataclasses.asdict(c), parameters=table)]
     for step in range(1, steps + 1):
         loss = 3 - step / 100 + c.seed / 10
         records.append(dict(step=step, tokens=64 * step, loss=loss, seconds=step * (1 + c.seed / 10)))

@@ -83,7 +83,8 @@ def test_one_further(values: list[str], best: str, further: str | None) -> None:
 def test_a_failed_run_is_named_and_the_others_continue(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = arguments(corpus, tmp_path, "--grid=learning_rate=1e30,1e-3", "--max_steps=30", "--grad_clip=0", "--extend=false")
+    options = ["--grid=learning_rate=1e30,1e-3", "--max_steps=30", "--grad_clip=0", "--extend=false"]
+    command = arguments(corpus, tmp_path, *options)
     with pytest.raises(UserError, match="1 runs failed; the same command tries them again"):
         sweep.main([*command, "--optimizer=adamw", "--schedule=cosine"])
     assert "learning_rate=1e30 seed=1 ended with code 2: error: 10 steps in a row" in capsys.readouterr().err
