@@ -299,10 +299,11 @@ class IndexOnly(pickle.Unpickler):
 
 def live_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Return weights and moments by name: 'model.lm_head.weight', 'optimizer.lm_head.weight.exp_avg', ..."""
+    weights = model.state_dict()  # first: after an evaluation, FSDP leaves the head gathered until then
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     state = ((p, of_p) for optimizer in optimizers for p, of_p in optimizer.state.items())
     moments = {f"optimizer.{names[p]}.{key}": tensor for p, of_p in state for key, tensor in of_p.items()}
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()} | moments
+    return {f"model.{name}": tensor for name, tensor in weights.items()} | moments
 
 
 @torch.no_grad()
