@@ -34,7 +34,7 @@ def commands_in(text: str) -> set[str]:
     found = [re.split(r" #| {2,}| > ", command)[0].strip() for command in found]
     today = "\n\n".join(part for part in text.split("\n\n") if "f374173" not in part)  # a commit with other commands
     found += re.findall(r"`((?:python|torchrun) (?:-m \w|\w+\.py)[^`\n]*)`", today)
-    skip = r"\$|\bRUNS?\b|NAME|--key|--help|config/mine|unicode_names|=silu"
+    skip = r"\$|\bRUNS?\b|NAME|--key|--help|config/mine|narrow_cpu|unicode_names|=silu"
     return {command for command in found if not re.search(skip, command)}
 
 
