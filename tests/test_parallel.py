@@ -55,7 +55,10 @@ def test_ranks_train_as_one_process_does(corpus: Path, tmp_path: Path, alone: Pa
         torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("options", [["--optimizer=muon"], ["--tie_embeddings", "--eval_interval=1"], ["--recompute=elementwise", "--bias"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--optimizer=muon"], ["--tie_embeddings", "--eval_interval=1"], ["--recompute=elementwise", "--bias"]],
+)
 def test_shards_change_nothing(corpus: Path, tmp_path: Path, options: list[str]) -> None:
     """Muon, whose matrices are gathered; tied embeddings; recomputation: 3 sharded ranks, of uneven rows, against 1."""
     options = ["--tokens_per_step=384", "--max_steps=4", *options]
