@@ -28,9 +28,10 @@ from torch import Tensor
 import data
 import train
 from config import TrainConfig, UserError, load_config, user_errors
-from lpa import counts, decode, hardware, hf, optim, planning
+from lpa import counts, decode, hardware, optim, planning
 from lpa.distributed import DistInfo, parallelize
 from lpa.nonfinite import NonFiniteCheck
+from lpa.twin import Twin
 from model import GPT, GPTConfig, LowDim
 
 
@@ -179,7 +180,7 @@ def make_work(c: BenchConfig, name: str, options: TrainConfig, device: torch.dev
     with torch.device("meta"):
         counted = GPT(gpt)
     with device:
-        model = hf.Twin(gpt) if name == "hf" else GPT(gpt, options.seed)
+        model = Twin(gpt) if name == "hf" else GPT(gpt, options.seed)
         idx = torch.randint(len(counted.lm_head.weight), (options.batch_size, gpt.block_size + 1))
     x, y = idx[:, :-1], idx[:, 1:]  # each (B, T)
     flops, tokens = counted.flops_per_token() * x.numel(), x.numel()
@@ -205,15 +206,15 @@ def prompt_length(c: BenchConfig, gpt: GPTConfig) -> int:
     return gpt.block_size - c.decode_tokens if c.context is None else c.context
 
 
-def speed_up(model: GPT | hf.Twin, options: TrainConfig, info: DistInfo) -> None:
-    if isinstance(model, hf.Twin):
+def speed_up(model: GPT | Twin, options: TrainConfig, info: DistInfo) -> None:
+    if isinstance(model, Twin):
         model.compile_as(hardware.choose_compile(options.compile, info.device))
     else:
         parallelize(model, options, info)
 
 
 def training(
-    model: GPT | hf.Twin, x: Tensor, y: Tensor, options: TrainConfig, device: torch.device
+    model: GPT | Twin, x: Tensor, y: Tensor, options: TrainConfig, device: torch.device
 ) -> Callable[[], None]:
     """Return a step as train.py runs it: forward, backward, clipping, optimizer."""
     info = DistInfo(0, 1, device)
@@ -229,7 +230,7 @@ def training(
 
 
 def evaluation(
-    model: GPT | hf.Twin, x: Tensor, y: Tensor, options: TrainConfig, device: torch.device
+    model: GPT | Twin, x: Tensor, y: Tensor, options: TrainConfig, device: torch.device
 ) -> Callable[[], None]:
     model.eval()
     speed_up(model, options, DistInfo(0, 1, device))
@@ -242,20 +243,20 @@ def evaluation(
     return evaluate
 
 
-def served(model: GPT | hf.Twin, dtype: str) -> GPT | hf.Twin:
+def served(model: GPT | Twin, dtype: str) -> GPT | Twin:
     """Convert the weights to dtype once; buffers stay as they are."""
     for p in model.parameters():
         p.data = p.data.to(hardware.DTYPES[dtype])
     return model.eval()
 
 
-def prefill(model: GPT | hf.Twin, x: Tensor, options: TrainConfig) -> Callable[[], Any]:
+def prefill(model: GPT | Twin, x: Tensor, options: TrainConfig) -> Callable[[], Any]:
     """Return a function that reads a prompt x into a new cache and returns it."""
     model = served(model, options.dtype)
 
     @torch.inference_mode()
     def read() -> Any:
-        if isinstance(model, hf.Twin):
+        if isinstance(model, Twin):
             return model.hf(x, use_cache=True, logits_to_keep=1).past_key_values
         cache = decode.new_cache(model, len(x))
         model(x, cache=cache, last=True)
@@ -264,10 +265,10 @@ def prefill(model: GPT | hf.Twin, x: Tensor, options: TrainConfig) -> Callable[[
     return read
 
 
-def decoding(model: GPT | hf.Twin, x: Tensor, tokens: int, options: TrainConfig) -> Callable[[], None]:
+def decoding(model: GPT | Twin, x: Tensor, tokens: int, options: TrainConfig) -> Callable[[], None]:
     """Return a function that draws `tokens` tokens after a prompt x, whose tokens but the last are in the cache."""
     read = prefill(model, x, options)
-    if isinstance(model, hf.Twin):
+    if isinstance(model, Twin):
         theirs: Any = read()
 
         @torch.inference_mode()

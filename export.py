@@ -36,14 +36,11 @@ def main(c: ExportConfig) -> None:
     if c.to == "preset" or c.target is None:
         print(hf.preset(c.source))
         return
-    hf.refuse_foreign(c.target)
+    hf.check_target(c.target)
     model, tokenizer, manifest = checkpoint.load_model(c.source, torch.device("cpu"))
     origin = dict(run=str(c.source), step=manifest["step"], options=manifest["options"])
     hf.export(model, tokenizer, c.target, origin)
     print(f"step {manifest['step']} of {c.source} is in {c.target}, for AutoModelForCausalLM and AutoTokenizer")
-
-
-# --- Names: ours on the left, theirs on the right, for both directions -------------------------------------------
 
 
 if __name__ == "__main__":

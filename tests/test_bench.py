@@ -15,7 +15,7 @@ from conftest import run
 import bench
 from config import UserError, load_config
 from experiments.speed import suite
-from lpa import counts, hf, planning
+from lpa import counts, planning, twin
 from model import GPT, GPTConfig, LowDim
 
 COUNTS = {"params", "params_non_embedding", "flops_per_token_forward", "flops_per_token_train"}
@@ -122,9 +122,9 @@ def test_transformers_has_the_parameters_of_the_dense_twin() -> None:
     gpt2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, tie_embeddings=True)
     for options in ({}, dict(pos="none"), dict(tie_embeddings=True), gpt2):
         c = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96, **options)
-        assert sum(p.numel() for p in hf.twin(c).parameters()) == GPT(c).n_params()
+        assert sum(p.numel() for p in twin.hf_model(c).parameters()) == GPT(c).n_params()
     with pytest.raises(UserError, match="cannot have norm_order = 'post'"):
-        hf.twin(GPTConfig(norm_order="post", vocab_size=96))
+        twin.hf_model(GPTConfig(norm_order="post", vocab_size=96))
 
 
 def test_the_table_names_both_variants_and_every_count(capsys: pytest.CaptureFixture[str]) -> None:

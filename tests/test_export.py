@@ -28,7 +28,7 @@ from data.tokenizers import (
     read_hf,
     train_bpe,
 )
-from lpa import checkpoint, decode, hf, init_from
+from lpa import checkpoint, decode, hf, init_from, twin
 from lpa.counts import dense_weight
 from model import GPT, GPTConfig, LowDim
 
@@ -397,8 +397,8 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (dict(pos="none"), "pos = 'none' (wanted 'rope')"),
         (dict(pos="learned"), "GPT2LMHeadModel, the nearest class of transformers, cannot have norm = 'rmsnorm'"),
         (dict(vars(GPT2), mlp="relu"), "mlp = 'relu' (wanted 'gelu')"),
-        (dict(vars(GPT2), n_kv_head=2), "n_kv_head = 2 (wanted n_head = 4)"),
-        (dict(vars(GPT2), attn_dim=64), "attn_dim = 64 (wanted n_embd = 32)"),
+        (dict(vars(GPT2), n_kv_head=2), "n_kv_head = 2 (wanted 4)"),
+        (dict(vars(GPT2), attn_dim=64), "attn_dim = 64 (wanted 32)"),
         (dict(n_embd=30, attn_dim=32), "n_embd = 30 (wanted a multiple of n_head = 4)"),
     ],
 )
@@ -408,16 +408,25 @@ def test_what_has_no_equal_says_why(options: dict, why: str, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_new_option_of_the_model_is_refused_until_it_is_mapped(tmp_path: Path) -> None:
+def test_a_new_option_is_refused_until_it_has_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By export and by the model of transformers that bench.py compares with, even at its default."""
     windowed = make_dataclass("GPTConfig", [("window", int, field(default=0))], bases=(GPTConfig,), frozen=True)
-    c = windowed(**{f.name: getattr(LLAMA, f.name) for f in fields(LLAMA)})
-    for action in (lambda: hf.export(GPT(c), BYTES, tmp_path / "out", {}), lambda: hf.twin(c)):
-        with pytest.raises(UserError, match=r"window = 0 \(unknown to lpa/hf.py: map it there, or list it\)"):
+    c = windowed(**vars(LLAMA))
+    for action in (lambda: hf.export(GPT(c), BYTES, tmp_path / "out", {}), lambda: twin.hf_model(c)):
+        with pytest.raises(UserError, match=r"window = 0 \(unknown to lpa/hf.py: give it a rule there\)"):
             action()
-    mapped = {f.name for f in fields(GPTConfig)} - hf.FREE - hf.APART
+    for rule, fits in ((0, True), (64, False), (hf.FREE, True), (("sliding_window",), True)):
+        monkeypatch.setitem(hf.LLAMA.fields, "window", rule)
+        if fits:
+            assert hf.architecture(c) is hf.LLAMA
+        else:
+            assert "window = 0 (wanted 64)" in complaint(c, of=hf.architecture)
+    assert hf.config_json(hf.LLAMA, c, 256)["sliding_window"] == 0
+
+
+def test_each_option_of_the_model_has_a_rule_in_each_class() -> None:
     for known in (hf.LLAMA, hf.GPT2):
-        assert mapped == (known.options.keys() | known.computes.keys()) - hf.APART
+        assert known.fields.keys() == {f.name for f in fields(GPTConfig)}
 
 
 def test_a_short_vocabulary_is_refused(tmp_path: Path) -> None:
