@@ -1,16 +1,25 @@
-"""Counts of a model: its matrices, what it needs per token, and a table of its projections."""
+"""Count what a model needs: parameters, FLOPs, bytes of activations and of the cache. Print them as tables."""
 
+import gc
 import itertools
+import weakref
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from config import TrainConfig
-from lpa import decode, planning
+from lpa import decode, hardware
+from lpa.recompute import apply_recompute
 from lpa.structured import BlockDense, BlockShuffle
 from model import GPT, GPTConfig, LowRank
+
+CPU = torch.device("cpu")
 
 
 def dense_weight(layer: Any) -> Tensor:
@@ -68,9 +77,57 @@ def count(c: GPTConfig, dtype: str, recompute: str = "none") -> dict[str, Any]:
         params_non_embedding=model.n_params(embeddings=False),
         flops_per_token_forward=forward,
         flops_per_token_train=3 * forward,
-        activation_bytes_per_token=planning.activation_bytes_per_token(c, dtype, recompute),
+        activation_bytes_per_token=activation_bytes_per_token(c, dtype, recompute),
         kv_bytes_per_token=2 * decode.cache_numbers_per_token(c),  # in bfloat16
     )
+
+
+def activation_bytes_per_token(c: GPTConfig, dtype: str, recompute: str = "none") -> int:
+    """Return the bytes that a training step keeps between forward and backward per token, at a context of block_size.
+
+    Counts the storages that a forward pass leaves alive, whatever holds them. On fake CPU tensors attention is fused,
+    and keeps its output and log-sum-exp. The difference of two batch sizes leaves out what does not grow with the
+    batch, such as copies of the weights in dtype.
+    """
+    alive = []
+    with FakeTensorMode():
+        model = GPT(c, seed=None)
+        apply_recompute(model, recompute)
+        for batch_size in (1, 2):
+            idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
+            with LiveStorages() as storages, hardware.autocast(CPU, dtype):
+                loss = model(idx, idx)
+            gc.collect()
+            alive.append(storages.now)
+            del loss
+    return (alive[1] - alive[0]) // c.block_size
+
+
+class LiveStorages(TorchDispatchMode):
+    """Count, without keeping them alive, the bytes of every storage that an operation makes: now and at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if not tensors:  # such as a question for the device
+            return result
+        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for storage in (t.untyped_storage() for t in tensors):
+            if storage._cdata not in self.seen and storage._cdata not in old:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes()).atexit = False  # pyrefly: ignore
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def forget(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
 
 
 def least_bytes(

@@ -85,7 +85,7 @@ class NativeLM(TemplateLM):
         contexts = list(dict.fromkeys(context for context, _ in batch))
         longest = max(len(continuation) for _, continuation in batch)
         width = max(map(len, contexts))
-        # What several continuations share is read once, where it is the longer part and padding leaves it its place.
+        # Read a context that several continuations share only once, where it is the longer part and padding fits.
         shared = len(contexts) < len(batch) and longest <= width and width + longest - 1 <= self.max_length
         with hardware.autocast(self.device, self.dtype):
             states = self.states_by_context(contexts, batch) if shared else self.states(batch)
@@ -99,9 +99,7 @@ class NativeLM(TemplateLM):
 
     def states(self, batch: list[Pair]) -> list[Tensor]:
         """Return what the head reads before each token of each continuation: (its tokens, C) per request."""
-        x = self.model.hidden(
-            self.padded([context + continuation[:-1] for context, continuation in batch])
-        )  # (B, T, C)
+        x = self.model.hidden(self.padded(context + continuation[:-1] for context, continuation in batch))  # (B, T, C)
         starts = [len(context) - 1 for context, _ in batch]
         return [row[i : i + len(continuation)] for row, i, (_, continuation) in zip(x, starts, batch)]
 
@@ -150,13 +148,12 @@ class NativeLM(TemplateLM):
         contexts = [(context or (self.eot_token_id,))[-room:] for context in contexts]
         stops = [stop for stop in (*options["until"], END_OF_TEXT) if stop]
         amount = (options["max_gen_toks"], self.tokens.vocab_size)
-        luck = (options.get("temperature") or 0.0, options.get("top_k"), options.get("top_p"))
+        sampling = (options.get("temperature") or 0.0, options.get("top_k"), options.get("top_p"))
         idx = self.padded(contexts, left=True)  # (B, T)
         with hardware.autocast(self.device, self.dtype):
             lengths = torch.tensor(list(map(len, contexts)), device=self.device)
-            steps = decode.generate(self.model, idx, *amount, *luck, lengths=lengths)
             drawn: list[list[int]] = [[] for _ in contexts]
-            for step in steps:
+            for step in decode.generate(self.model, idx, *amount, *sampling, lengths=lengths):
                 for row, token in zip(drawn, step.tolist()):
                     row.append(token)
                 if all(self.ended(row, stops) for row in drawn):
@@ -189,6 +186,5 @@ def run_tasks(lm: TemplateLM, names: list[str], num_fewshot: int | None, limit: 
         raise UserError(f"cannot load {', '.join(names)}, which are read from the hub or a file: {why}") from None
     within = set(itertools.chain(*loaded["group_map"].values()))
     tasks = [task for kind in ("groups", "tasks") for name, task in loaded[kind].items() if name not in within]
-    return simple_evaluate(
-        lm, tasks=tasks, num_fewshot=num_fewshot, limit=limit, log_samples=False, task_manager=manager
-    )
+    shown = dict(num_fewshot=num_fewshot, limit=limit, log_samples=False)
+    return simple_evaluate(lm, tasks=tasks, task_manager=manager, **shown)

@@ -1,22 +1,20 @@
-"""What a training step needs in memory, counted from tensors that have sizes and no memory behind them.
+"""Count what a training step needs in memory: bench.py --mode=plan.
 
     python bench.py config/lpa_3b.py --mode=plan --gpus=8 --memory=80GB         a table
     python bench.py config/lpa_3b.py --mode=plan --gpus=8 --memory=80GB --json  for other programs
 
-Two engines. ddp: every rank holds all of the parameters, gradients (DDP's buckets) and moments in float32, and autocast
-makes copies of the matrices in dtype. fsdp: each rank holds a share of each in float32 (fully_shard of every block and
-of the model, MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=float32)), and the blocks at work are gathered.
-Every micro-step reduces its gradients; without, as with set_requires_gradient_sync(False), fsdp keeps them whole.
+ddp: every rank holds all parameters, gradients (DDP's buckets) and moments in float32, and autocast copies the matrices
+in dtype. fsdp: each rank holds a share of each in float32, and the blocks at work are gathered in dtype, as
+lpa/distributed.py shards them. Each micro-step is counted as if it reduced its gradients; FSDP keeps unsharded ones
+between the micro-steps of a step.
 
-What is not counted: fragmentation of the allocator, the CUDA context, cuBLAS's and NCCL's buffers. ALLOWANCE is left to
-them. Kernels are counted as they run without torch.compile.
+The tensors are fake: they have sizes and no memory. Fragmentation, the CUDA context and the buffers of cuBLAS and NCCL
+are not counted; ALLOWANCE is left for them. Kernels are those that run without torch.compile.
 """
 
 import functools
-import gc
 import json
 import re
-import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -24,24 +22,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from config import Dtype, TrainConfig, UserError
 from lpa import hardware, optim
+from lpa.counts import CPU, LiveStorages
 from lpa.recompute import apply_recompute
 from model import GPT, GPTConfig
 
 ALLOWANCE = 0.1  # of a GPU's memory, for what is not counted
 LINE_FROM = 2**15  # tokens in a batch from which on memory grows along a line
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-CPU = torch.device("cpu")
 
 
 def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
-    """Print the plan. Raises UserError where memory is no size, or not even one sequence a rank fits."""
+    """Print the plan. Raise UserError where memory is no size, or not even one sequence per rank fits."""
     if c.dtype == "auto":
-        c = replace(c, dtype="bfloat16")  # as hardware.choose_dtype has it on GPUs
+        c = replace(c, dtype="bfloat16")  # what hardware.choose_dtype chooses on a GPU
     limit = int((1 - ALLOWANCE) * size_of(memory))
     rows: dict[str, dict[str, Any]] = {}
     for engine in ("ddp", "fsdp"):
@@ -55,7 +51,7 @@ def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
     if not any(row["largest_batch_size"] for row in rows.values()):
         least = min((needed(at(c, 1, row["recompute"]), row["engine"], gpus).total, name) for name, row in rows.items())
         raise UserError(
-            f"memory is {memory} on {gpus} GPUs, wanted more of either: one sequence a rank takes at least"
+            f"memory is {memory} on {gpus} GPUs, wanted more of either: one sequence per rank takes at least"
             f" {size_name(least[0])} ({least[1]}), and {1 - ALLOWANCE:.0%} of {memory} are {size_name(limit)}"
         )
     plan = dict(gpus=gpus, memory=size_of(memory), allowance=ALLOWANCE, usable=limit, batch_size=c.batch_size)
@@ -64,7 +60,7 @@ def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
 
 
 def size_of(text: str) -> int:
-    """'80GB' -> 80 * 10**9, '79.2GiB' -> bytes of 79.2 * 2**30."""
+    """Return the bytes of a size: '80GB' is 80 * 10**9, '79.2GiB' is 79.2 * 2**30."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?b)", text.strip(), re.IGNORECASE)
     if match is None or match[2].upper() not in UNITS or not float(match[1]):
         raise UserError(f"memory is {text!r}, wanted a size such as 80GB or 79.2GiB")
@@ -86,20 +82,20 @@ def at(
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on the rank that holds most. The first three stay; of the others a step reaches the larger sum."""
+    """Bytes on the rank that holds the most. The first three are always there, the others at their own times."""
 
     parameters: int
     """float32, with the buffers."""
     gradients: int
     """float32; all of them, as DDP's buckets and gradient accumulation keep them."""
     optimizer: int
-    """Two moments a parameter of AdamW, one of Muon, in float32."""
+    """float32; two moments per parameter of AdamW, one of Muon."""
     gathered: int
     """fsdp, in dtype: the outer group, the block at work with its gradient, and the next block; see gathered_bytes."""
     activations: int
-    """The most that forward and backward hold besides: what backward needs, weights in dtype, the head's logits."""
+    """The most that forward and backward add: what backward needs, weights in dtype, the head's logits."""
     optimizer_step: int
-    """The most that the optimizer holds besides; Muon under fsdp as though each rank gathered whole matrices."""
+    """The most that the optimizer's step adds. Muon under fsdp: as if each rank gathered all of a matrix."""
 
     @property
     def total(self) -> int:
@@ -108,7 +104,7 @@ class Need:
 
 
 def needed(c: TrainConfig, engine: str, gpus: int) -> Need:
-    """What a step of c.batch_size sequences on each of so many GPUs needs; engine is 'ddp' or 'fsdp'."""
+    """Return what a step of c.batch_size sequences on each of so many GPUs needs; engine is 'ddp' or 'fsdp'."""
     sharded = engine == "fsdp"
     parameters, optimizer, optimizer_step = resident(c.gpt, c.optimizer, c.dtype, gpus if sharded else 1)
     with torch.device("meta"):
@@ -121,10 +117,11 @@ def needed(c: TrainConfig, engine: str, gpus: int) -> Need:
 
 @functools.cache
 def resident(c: GPTConfig, optimizer: Literal["adamw", "muon"], dtype: Dtype, shares: int) -> tuple[int, int, int]:
-    """Bytes of the parameters, of the optimizers' state, and the most that a step of the optimizers holds besides.
+    """Return bytes of the parameters, of the optimizers' state, and the most that a step of the optimizers adds.
 
-    Of rank 0, which has the first of `shares` parts of every tensor along its first dimension, the largest.
+    They are those of rank 0, which has the largest of the `shares` parts of each tensor along its first dimension.
     """
+
     def part(t: Tensor) -> int:
         return t.nbytes if t.ndim == 0 else -(-len(t) // shares) * (t.nbytes // len(t))
 
@@ -134,7 +131,7 @@ def resident(c: GPTConfig, optimizer: Literal["adamw", "muon"], dtype: Dtype, sh
             p.grad = torch.zeros_like(p)
         optimizers = optim.make_optimizers(model, TrainConfig(c, optimizer=optimizer, dtype=dtype))
         with LiveStorages() as storages:
-            for o in optimizers * 2:  # the moments are there in the second step
+            for o in optimizers * 2:  # the moments exist from the second step on
                 storages.peak = storages.now
                 o.step()
         states = [t for o in optimizers for state in o.state.values() for t in state.values()]
@@ -143,10 +140,10 @@ def resident(c: GPTConfig, optimizer: Literal["adamw", "muon"], dtype: Dtype, sh
 
 
 def gathered_bytes(model: GPT, dtype: str) -> int:
-    """What fully_shard puts together beside the shards where activations are at their peak, in dtype.
+    """Return the bytes that FSDP gathers, in dtype, beside the shards when activations are at their peak.
 
-    The embeddings, head and last norm stay gathered from forward to the end. One block is at work and has its gradient,
-    the next one is being gathered. Gradients on their way to other ranks meet fewer activations.
+    Embeddings, head and last norm stay gathered from forward to the end. One block is at work and has its gradient; the
+    next one is being gathered. Gradients are reduced later, when fewer activations are left.
     """
     block = max(sum(p.numel() for p in block.parameters()) for block in model.transformer.h)
     outside = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.transformer.h.parameters())
@@ -155,11 +152,11 @@ def gathered_bytes(model: GPT, dtype: str) -> int:
 
 @functools.cache
 def activation_peak(c: GPTConfig, dtype: str, batch_size: int, recompute: str, sharded: bool) -> int:
-    """The most that forward and backward hold beyond parameters and gradients.
+    """Return the most bytes that forward and backward hold beyond parameters and gradients.
 
-    All blocks but the first are alike, so models of two and three of them tell the rest. In the same way two batches
-    tell of larger ones, from a size on where the blocks outweigh the constant share of the head's chunks;
-    a line through them was at most 4 % off (tests/test_planning.py).
+    All blocks but the first are alike, so the rest follows from models of two and three blocks. In the same way larger
+    batches follow from two, once the blocks outweigh the constant share of the head's chunks: a line through both was
+    at most 4 % off (tests/test_planning.py).
     """
     few = max(1, LINE_FROM // c.block_size)
     if batch_size > 2 * few:
@@ -170,10 +167,10 @@ def activation_peak(c: GPTConfig, dtype: str, batch_size: int, recompute: str, s
 
 
 def step_peak(c: GPTConfig, dtype: str, batch_size: int, recompute: str, sharded: bool) -> int:
-    """One forward and backward on fake CPU tensors, whose attention is fused as on a GPU -> most bytes alive.
+    """Return the most bytes alive in a forward and backward on fake CPU tensors, whose attention is fused as on a GPU.
 
-    The gradients that are there already do not count, as in any micro-step but the first. Sharded: the weights are of
-    dtype from the start and the gradients of a block leave at once; see gathered_bytes for what that leaves out.
+    Gradients exist before, as in any micro-step but the first, and do not count. Sharded: the weights are in dtype from
+    the start, and the gradients of a block are dropped at once; gathered_bytes adds what that leaves out.
     """
     with FakeTensorMode():
         model = GPT(c, seed=None)
@@ -199,9 +196,9 @@ def drop_gradient(p: nn.Parameter) -> None:
 
 
 def largest_batch(total: Callable[[int], int], limit: int) -> int:
-    """The most sequences whose total is within the limit; 0 where one is too many.
+    """Return the most sequences whose total is within the limit; 0 where one is too many.
 
-    A total grows almost along a line, so each next try is where a line through two known ones meets the limit.
+    The total grows almost linearly, so the next try is where a line through two known totals meets the limit.
     """
     if total(1) > limit:
         return 0
@@ -216,62 +213,8 @@ def largest_batch(total: Callable[[int], int], limit: int) -> int:
     return fits
 
 
-# --- Counting ----------------------------------------------------------------------------------------------------
-
-
-def activation_bytes_per_token(c: GPTConfig, dtype: str, recompute: str = "none") -> int:
-    """Bytes that a training step keeps between forward and backward for each token, at a context of block_size.
-
-    Storages are counted that a forward pass leaves alive, whatever holds them, on fake CPU tensors: there attention
-    is fused, and keeps its output and log-sum-exp. The difference of two batch sizes leaves out what does not grow with
-    the batch, such as the weights' copies in dtype.
-    """
-    alive = []
-    with FakeTensorMode():
-        model = GPT(c, seed=None)
-        apply_recompute(model, recompute)
-        for batch_size in (1, 2):
-            idx = torch.zeros(batch_size, c.block_size, dtype=torch.long)
-            with LiveStorages() as storages, hardware.autocast(CPU, dtype):
-                loss = model(idx, idx)
-            alive.append(storages.bytes())
-            del loss
-    return (alive[1] - alive[0]) // c.block_size
-
-
-class LiveStorages(TorchDispatchMode):
-    """Counts, without keeping them alive, the bytes of every storage that an operation makes: now and at the peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[int] = set()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not tensors:  # such as a question for the device
-            return result
-        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for storage in (t.untyped_storage() for t in tensors):
-            if storage._cdata not in self.seen and storage._cdata not in old:
-                self.seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes()).atexit = False  # pyrefly: ignore
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def forget(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
-
-    def bytes(self) -> int:
-        gc.collect()
-        return self.now
-
-
 def table(plan: dict[str, Any], memory: str) -> str:
-    """The plan as columns a person can read."""
+    """Return the plan in columns."""
     names = [field.name for field in fields(Need)]
     usable, rows = size_name(plan["usable"]), plan["rows"]
     lines = [

@@ -15,7 +15,8 @@ from conftest import run
 import bench
 from config import UserError, load_config
 from experiments.speed import suite
-from lpa import counts, planning, twin
+from lpa import counts, twin
+from lpa.recompute import apply_recompute
 from model import GPT, GPTConfig, LowDim
 
 COUNTS = {"params", "params_non_embedding", "flops_per_token_forward", "flops_per_token_train"}
@@ -61,19 +62,18 @@ def test_activation_bytes_are_those_of_the_tensors_that_backward_needs(lowdim: L
     mlp = C + F  # its input, and the ReLU's output, from which its gradient and that of down follow
     norms = 2 * (C + 2)  # the input of each, its mean and its inverse deviation
     head = C  # the gradient of its input, made with the loss
-    assert planning.activation_bytes_per_token(c, "float32") == 4 * (attention + mlp + norms + head)
+    assert counts.activation_bytes_per_token(c, "float32") == 4 * (attention + mlp + norms + head)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the count against its allocator")
-@pytest.mark.parametrize("recompute", ["none", "latents", "block"])
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "latents", "block"])
 def test_activation_bytes_are_those_of_the_cuda_allocator(recompute: str) -> None:
     """Within 5 %. With LayerNorm, which both devices fuse; see activation_bytes_per_token on RMSNorm."""
     ranks = LowDim(q=128, k=128, v=128, o=128)
     c = GPTConfig(n_layer=4, n_head=8, n_embd=512, block_size=1024, vocab_size=8192, norm="layernorm", lowdim=ranks)
     with torch.device("cuda"):
         model = GPT(c)
-    for block in model.transformer.h:
-        block.recompute = recompute
+    apply_recompute(model, recompute)
     held = {}
     for batch_size in (2, 2, 4):  # the first one also makes the libraries' workspaces
         idx = torch.zeros(batch_size, c.block_size, dtype=torch.long, device="cuda")
@@ -83,7 +83,7 @@ def test_activation_bytes_are_those_of_the_cuda_allocator(recompute: str) -> Non
         held[batch_size] = torch.cuda.memory_allocated() - before
         del loss
     measured = (held[4] - held[2]) / (2 * c.block_size)
-    assert planning.activation_bytes_per_token(c, "bfloat16", recompute) == pytest.approx(measured, rel=0.05)
+    assert counts.activation_bytes_per_token(c, "bfloat16", recompute) == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "prefill", "decode"])

@@ -12,7 +12,7 @@ from conftest import read_log, run_here
 from torch.profiler import ProfilerActivity, profile
 
 from config import TrainConfig
-from lpa import decode, hardware, optim, planning
+from lpa import counts, decode, hardware, optim
 from lpa.distributed import DistInfo, StopSignal
 from lpa.nonfinite import NonFiniteCheck
 from model import GPT, GPTConfig, LowDim
@@ -158,4 +158,4 @@ def test_counted_activations_are_those_that_the_allocator_holds() -> None:
         loss.backward()
         del loss
     measured = (held[1] - held[0]) / (4 * c.block_size)
-    assert planning.activation_bytes_per_token(c, "bfloat16") == pytest.approx(measured, rel=0.05)
+    assert counts.activation_bytes_per_token(c, "bfloat16") == pytest.approx(measured, rel=0.05)

@@ -21,7 +21,7 @@ import eval as evaluation
 import train
 from config import TrainConfig, UserError
 from data.tokenizers import load_tokenizer
-from lpa import checkpoint
+from lpa import checkpoint, perplexity
 from lpa.distributed import DistInfo
 from model import GPT
 
@@ -63,7 +63,7 @@ def plain_loop(model: GPT, tokens: list[int], stride: int) -> float:
 def test_all_targets_once_as_a_plain_loop(trained: Path, short: Path, stride: int) -> None:
     model, _, _ = checkpoint.load_model(trained, torch.device("cpu"))
     corpus = data.open_corpus(str(short), "val")
-    ours = evaluation.evaluate(model, corpus, stride, 5, "float32", CPU)
+    ours = perplexity.evaluate(model, corpus, stride, 5, "float32", CPU)
     with torch.no_grad():
         reference = plain_loop(model.double(), corpus.window(0, corpus.tokens).tolist(), stride)
     assert corpus.tokens % 24 > 1  # there is a tail
@@ -72,7 +72,7 @@ def test_all_targets_once_as_a_plain_loop(trained: Path, short: Path, stride: in
 
 @pytest.mark.parametrize(("tokens", "block", "stride"), [(2, 8, 8), (9, 8, 8), (10, 8, 8), (50, 8, 3), (50, 8, 1)])
 def test_windows_cover_each_target_once(tokens: int, block: int, stride: int) -> None:
-    found = evaluation.windows(tokens, block, stride)
+    found = perplexity.windows(tokens, block, stride)
     targets = [target for _, scored, end in found for target in range(scored, end + 1)]
     assert targets == list(range(1, tokens))
     assert all(start < scored and end - start <= block for start, scored, end in found)
@@ -82,9 +82,9 @@ def test_windows_cover_each_target_once(tokens: int, block: int, stride: int) ->
 def test_words_are_counted_as_published(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = data.open_corpus(str(short), "val")
     tokenizer = load_tokenizer(short, corpus.meta["tokenizer"])
-    assert evaluation.count_words(corpus, tokenizer) == 20 * (3 + 3) + 2
-    monkeypatch.setattr(evaluation, "CHUNK", 3)  # words that go on in the next chunk are one
-    assert evaluation.count_words(corpus, tokenizer) == 20 * (3 + 3) + 2
+    assert perplexity.count_words(corpus, tokenizer) == 20 * (3 + 3) + 2
+    monkeypatch.setattr(perplexity, "CHUNK", 3)  # words that go on in the next chunk are one
+    assert perplexity.count_words(corpus, tokenizer) == 20 * (3 + 3) + 2
 
 
 def test_wikitext_2_has_its_published_words(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_wikitext_2_has_its_published_words(tmp_path: Path) -> None:
     places = [f"--path={tmp_path}", f"--name={tmp_path / 'out'}", "--tokenizer=byte"]
     run("-m", "data.wikitext103.prepare", *places)
     corpus = data.open_corpus(str(tmp_path / "out"), "test")
-    assert evaluation.count_words(corpus, load_tokenizer(tmp_path, corpus.meta["tokenizer"])) == 245_569
+    assert perplexity.count_words(corpus, load_tokenizer(tmp_path, corpus.meta["tokenizer"])) == 245_569
 
 
 def test_two_ranks_say_what_one_says(trained: Path, short: Path) -> None:
@@ -122,7 +122,7 @@ def test_disjoint_windows_agree_with_training(trained: Path, corpus: Path) -> No
     model, _, _ = checkpoint.load_model(trained, torch.device("cpu"))
     whole = data.open_corpus(str(corpus), "val")
     tail = (whole.tokens - 1) % 24
-    nats = evaluation.evaluate(model, whole, 24, 8, "float32", CPU)
+    nats = perplexity.evaluate(model, whole, 24, 8, "float32", CPU)
     c = TrainConfig(gpt=model.config, batch_size=8)
     theirs = train.evaluate(model, partial(data.eval_batch, whole, 24), data.eval_windows(whole, 24), c, CPU)
     assert nats == pytest.approx(theirs, abs=8 * tail / whole.tokens + 1e-6)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import load_config
-from lpa import planning
+from lpa import counts
 from lpa.loss import chunked_cross_entropy
 from lpa.recompute import FUSED_ATTENTION, apply_recompute
 from model import GPT, GPTConfig, LowDim
@@ -188,7 +188,7 @@ def test_evaluation_keeps_and_rebuilds_nothing() -> None:
 def test_activations_of_the_papers_370m_model() -> None:
     """Setting 2, T 1024, bfloat16: what a layer keeps, written out, and the issue's 0.45 MB a token for all of it."""
     c = dataclasses.replace(load_config(["config/lpa_370m.py", "--vocab_size=32000"]).gpt, block_size=1024)
-    counted = planning.activation_bytes_per_token(c, "bfloat16", "latents")
+    counted = counts.activation_bytes_per_token(c, "bfloat16", "latents")
     C, F_, r, H = 1024, 2736, 256, 16
     layer = 2 * (C + 3 * r + C + r + 2 * F_) + 4 * H  # input; latents; attention; latent; gate, up; log-sum-exp
     assert counted - 24 * layer <= 6 * 2 * C  # the last norm and the head's gradient

@@ -1,7 +1,8 @@
 """lm-eval on our model: against transformers a request at a time, lm-eval's own hf backend, and as a user runs it.
 
-.venv/bin/pytest tests/test_harness.py        CPU, about 20 s; skipped without lm-eval (417 MB, installed by make
-                                              test-slow): .venv/bin/pip install 'lm-eval>=0.4.13,<0.5'
+    .venv/bin/pytest tests/test_lm_eval.py        CPU, about 20 s
+
+Skipped without lm-eval (417 MB, installed by make test-slow): .venv/bin/pip install 'lm-eval>=0.4.13,<0.5'
 """
 
 import json
@@ -19,9 +20,10 @@ from data.tokenizers import BPETokenizer, Tokenizer, train_bpe
 from lpa import hf
 from model import GPT, GPTConfig, LowDim
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-harness = pytest.importorskip("harness")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from lpa.lm_eval import NativeLM, run_tasks  # noqa: E402
 
 TEXT = "The owl sat on the oak. One two three, four five six; seven eight nine. The cat sat on the mat and sang.\n"
 LLAMA = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=48, vocab_size=384, lowdim=LowDim(q=8, k=8, v=8, o=8))
@@ -75,7 +77,7 @@ def test_likelihoods_are_those_of_transformers(
 ) -> None:
     model = random_model(c)
     theirs = hf_twin(model, tokenizer, tmp_path)
-    lm = harness.NativeLM(model, tokenizer, batch_size)
+    lm = NativeLM(model, tokenizer, batch_size)
     pairs = [(context, choice) for context, choices in QUESTIONS for choice in choices]
     pairs += [("", "The owl"), ("The owl ", "sat"), (TEXT * 3, " The owl sat"), (TEXT * 3, " One")]
     pairs += [(" ", " owl")]  # lm-eval's own backend fails at a context of spaces alone
@@ -96,7 +98,7 @@ def test_greedy_continuations_are_known_as_such(tokenizer: BPETokenizer, tmp_pat
     for _ in range(3):
         idx = torch.cat([idx, model(idx)[:, -1:, :300].argmax(-1)], dim=1)
     best = idx[0, len(context) :].tolist()
-    lm = harness.NativeLM(model, tokenizer, 4)
+    lm = NativeLM(model, tokenizer, 4)
     tried = [best, best[:2], [*best[:2], (best[2] + 1) % 300], [(best[0] + 1) % 300]]
     answers = lm._loglikelihood_tokens([(None, context, continuation) for continuation in tried])
     assert [greedy for _, greedy in answers] == [True, True, False, False]
@@ -104,12 +106,11 @@ def test_greedy_continuations_are_known_as_such(tokenizer: BPETokenizer, tmp_pat
         assert lm._loglikelihood_tokens([(None, length * context, [])]) == [(0.0, True)]
 
 
-def test_a_shared_context_is_read_once(tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_context_is_read_once(tokenizer: BPETokenizer) -> None:
     model = random_model(LLAMA)
     seen = []
-    embed = model.embed
-    monkeypatch.setattr(model, "embed", lambda idx, positions: seen.append(idx.numel()) or embed(idx, positions))
-    lm = harness.NativeLM(model, tokenizer, 8)
+    model.transformer.wte.register_forward_hook(lambda _module, args, _out: seen.append(args[0].numel()))
+    lm = NativeLM(model, tokenizer, 8)
     context = list(range(40))
     lm._loglikelihood_tokens([(None, context, [7, i]) for i in range(8)])
     assert sum(seen) == 40 + 8
@@ -128,7 +129,7 @@ def test_a_long_text_is_scored_in_windows(c: GPTConfig, tokenizer: BPETokenizer,
         end = start + len(scored)
         wanted += alone(theirs, shown[max(0, end - 48) : start + 1], scored)[0]
     for batch_size in (1, 5):
-        scores = harness.NativeLM(model, tokenizer, batch_size).loglikelihood_rolling([asked(text) for text in texts])
+        scores = NativeLM(model, tokenizer, batch_size).loglikelihood_rolling([asked(text) for text in texts])
         assert scores[0] == pytest.approx(wanted, abs=1e-3)
         assert scores[1] == pytest.approx(alone(theirs, [tokenizer.end_of_text], tokenizer.encode("The"))[0], abs=1e-4)
 
@@ -146,17 +147,17 @@ def test_written_text_is_that_of_transformers(c: GPTConfig, tokenizer: BPETokeni
         new = out[0, ids.size(1) :].tolist()
         whole.append(tokenizer.decode(new[: new.index(299)] if 299 in new else new).split("\n\n")[0])
     for batch_size in (1, 2, 8):
-        lm = harness.NativeLM(model, tokenizer, batch_size)
+        lm = NativeLM(model, tokenizer, batch_size)
         assert lm.generate_until([asked(context, options) for context in contexts]) == whole
     context, text = max(zip(contexts, whole), key=lambda pair: len(pair[1]))
     stop = text[2:4]
     assert len(stop) == 2
-    written = harness.NativeLM(model, tokenizer, 4).generate_until([asked(context, {**options, "until": [stop]})])
+    written = NativeLM(model, tokenizer, 4).generate_until([asked(context, {**options, "until": [stop]})])
     assert written == [text.split(stop)[0]]
 
 
 def test_what_cannot_be_asked(tokenizer: BPETokenizer) -> None:
-    lm = harness.NativeLM(random_model(LLAMA), tokenizer, 2)
+    lm = NativeLM(random_model(LLAMA), tokenizer, 2)
     with pytest.raises(UserError, match="49 tokens at once, wanted at most block_size = 48"):
         lm._loglikelihood_tokens([(None, [1], [2] * 49)])
     with pytest.raises(UserError, match="256 new tokens, wanted fewer than block_size = 48"):
@@ -200,7 +201,7 @@ def figures(results: dict) -> dict[str, dict[str, float]]:
 def test_own_tasks_without_a_network(tasks: list[str], tokenizer: BPETokenizer, tmp_path: Path) -> None:
     model = random_model(LLAMA)
     theirs = hf_twin(model, tokenizer, tmp_path)
-    got = figures(harness.run_tasks(harness.NativeLM(model, tokenizer, 4), tasks[:2], None, None))
+    got = figures(run_tasks(NativeLM(model, tokenizer, 4), tasks[:2], None, None))
     right, log_p = [], []
     for i, (question, choices) in enumerate(QUESTIONS * 3):
         context = tokenizer.encode(question)
@@ -222,8 +223,8 @@ def test_scores_are_those_of_the_hf_backend(tasks: list[str], tokenizer: BPEToke
         model = random_model(c)
         hf_twin(model, tokenizer, tmp_path / str(number))
         backend = HFLM(str(tmp_path / str(number) / "hf"), device="cpu", batch_size=4)
-        ours = figures(harness.run_tasks(harness.NativeLM(model, tokenizer, 4), tasks, 1, None))
-        wanted = figures(harness.run_tasks(backend, tasks, 1, None))
+        ours = figures(run_tasks(NativeLM(model, tokenizer, 4), tasks, 1, None))
+        wanted = figures(run_tasks(backend, tasks, 1, None))
         assert ours.keys() == wanted.keys()
         for task in ours:
             assert ours[task] == pytest.approx(wanted[task], rel=1e-5, nan_ok=True), task
@@ -253,4 +254,4 @@ def test_as_a_user_runs_it(corpus: Path, tasks: list[str], tmp_path: Path, capsy
 @pytest.mark.slow  # lm-eval takes long to index its 14,683 tasks
 def test_a_misspelt_task_is_named(tokenizer: BPETokenizer) -> None:
     with pytest.raises(UserError, match="no task lambada_opena; perhaps you meant lambada_openai"):
-        harness.run_tasks(harness.NativeLM(random_model(LLAMA), tokenizer, 2), ["lambada_opena"], None, None)
+        run_tasks(NativeLM(random_model(LLAMA), tokenizer, 2), ["lambada_opena"], None, None)
