@@ -89,7 +89,7 @@ def test_a_preset_loads_and_opens_with_its_command(path: Path) -> None:
 
 
 TINY = ["--task.keep=2", "--task.noise=12", "--task.start_noise=3", "--task.samples=32", "--block_size=16"]
-TINY += ["--window=4", "--n_embd=16", "--batch_size=8", "--task.threshold=9", "--dropout=0.1"]
+TINY += ["--recurrent.window=4", "--n_embd=16", "--batch_size=8", "--task.threshold=9", "--dropout=0.1"]
 TINY += ["--eval_interval=4", "--log_interval=1", "--max_steps=14", "--task.rates=note"]
 
 
@@ -165,4 +165,5 @@ def test_selective_copying_is_learned_and_copying_is_not_by_forgetting(tmp_path:
     """Half of the preset's steps: chance is 0.125, three seeds ended at 0.99 after all of them."""
     end = learned(tmp_path / "selective", "selective_copy_small", "--max_steps=2200")
     assert (end["noise"], end["token_accuracy"]) >= (64, 0.85)
-    assert learned(tmp_path / "forget", "copy_small", "--alpha=0", "--alpha_learned=false")["token_accuracy"] < 0.5
+    control = ["--recurrent.alpha=0", "--recurrent.alpha_learned=false"]
+    assert learned(tmp_path / "forget", "copy_small", *control)["token_accuracy"] < 0.5

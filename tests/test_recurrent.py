@@ -226,7 +226,7 @@ def test_learned_positions_end_or_start_again() -> None:
 def test_it_trains_on_a_corpus_resumes_and_writes_text(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    flags = ["experiments.recurrent.train", "--window=8", "--n_layer=1", "--n_head=2", "--n_embd=32"]
+    flags = ["experiments.recurrent.train", "--recurrent.window=8", "--n_layer=1", "--n_head=2", "--n_embd=32"]
     flags += ["--block_size=20", "--lowdim.q=4", f"--dataset={corpus}", "--eval_tokens=400", "--device=cpu"]
     flags += ["--log_interval=1", "--learning_rate=1e-2", "--eval_interval=0", "--max_steps=6"]
     full, parts, twin = tmp_path / "full", tmp_path / "parts", tmp_path / "twin"

@@ -40,7 +40,7 @@ class Options:
     """dataset may also be copy or selective_copy."""
     model: Literal["recurrent", "gpt"] = "recurrent"
     """gpt: the plain twin, which attends to the full text."""
-    recurrent: Annotated[RecurrentConfig, tyro.conf.arg(name="")] = field(default_factory=RecurrentConfig)
+    recurrent: RecurrentConfig = field(default_factory=RecurrentConfig)
     task: CopyTask = field(default_factory=CopyTask)
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ def pretrain(o: Options, info: DistInfo) -> None:
     tokenizer = load_tokenizer(train_data.folder, train_data.meta["tokenizer"])
     c = train.with_vocabulary(c, train_data, val_data)
     own = dict(model=o.model, recurrent=asdict(o.recurrent), task=asdict(o.task))
-    asked = [as_command(c), *as_arguments(own | own["recurrent"])]
+    asked = [as_command(c), *as_arguments(own)]
     c, micro_steps = train.share_step(c, info)
     T, sequences = c.gpt.block_size, c.batch_size * info.world_size * micro_steps  # of a step
 

@@ -13,8 +13,7 @@ dataset = "copy"
 task = dict(keep=16, noise=4096, start_noise=32, alphabet=16, threshold=0.3, rates="note")
 
 model = "recurrent"
-window = 32
-alpha = 0.5
+recurrent = dict(window=32, alpha=0.5)
 n_layer = 1
 n_head = 6
 n_embd = 96

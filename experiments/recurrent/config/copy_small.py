@@ -1,7 +1,7 @@
 """The smallest run that shows what accumulation does: copy 8 tokens across 128 of noise, starting with 32 of noise.
 
 launch    python -m experiments.recurrent.train experiments/recurrent/config/copy_small.py
-          the same with --alpha=0 --alpha_learned=false            the control, which cannot
+          the same with --recurrent.alpha=0 --recurrent.alpha_learned=false            the control, which cannot
 hardware  2 CPU cores
 time      20 s of training on 1 thread of a shared machine
 accuracy  3 seeds: every token, with all 128 of noise; the control 0.25 (results/recurrent_copy_small.md)
@@ -13,8 +13,7 @@ task = dict(keep=8, noise=128, start_noise=32, alphabet=10, rates="constant")
 
 # One layer of 59,201 parameters, one of them alpha
 model = "recurrent"
-window = 16
-alpha = 0.5
+recurrent = dict(window=16, alpha=0.5)
 n_layer = 1
 n_head = 4
 n_embd = 64

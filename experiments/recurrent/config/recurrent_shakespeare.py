@@ -11,9 +11,7 @@ out_dir = "out/recurrent_shakespeare"
 dataset = "shakespeare_char"  # python -m data.shakespeare_char.prepare
 
 model = "recurrent"
-window = 16
-alpha = 0.0  # as published: accumulation does not help on language
-alpha_learned = False
+recurrent = dict(window=16, alpha=0.0, alpha_learned=False)  # as published: accumulation does not help on language
 n_layer = 1
 n_head = 6
 n_embd = 384

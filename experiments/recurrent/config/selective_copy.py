@@ -7,10 +7,11 @@ accuracy  published: 99.6 % of the tokens
 """
 
 from experiments.recurrent.config.copy import *  # noqa: F403
+from experiments.recurrent.config.copy import recurrent
 
 out_dir = "out/selective_copy"
 dataset = "selective_copy"
-alpha_learned = False  # as published: the noise is too strong to learn it
+recurrent = recurrent | dict(alpha_learned=False)  # as published: the noise is too strong to learn it
 max_steps = 20_000
 decay_share = 1 / max_steps
 eval_interval = 500

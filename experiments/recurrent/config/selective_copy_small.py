@@ -7,12 +7,13 @@ accuracy  0.994 of the tokens, mean of 3 seeds (results/recurrent_selective_copy
 """
 
 from experiments.recurrent.config.copy_small import *  # noqa: F403
+from experiments.recurrent.config.copy_small import recurrent
 
 out_dir = "out/selective_copy_small"
 dataset = "selective_copy"
 task = dict(keep=4, noise=64, start_noise=16, alphabet=10, rates="constant")
 block_size = 64 + 2 * 4
-alpha_learned = False  # as published: the noise is too strong to learn it
+recurrent = recurrent | dict(alpha_learned=False)  # as published: the noise is too strong to learn it
 max_steps = 4000
 decay_share = 0.3
 eval_interval = 100
