@@ -239,8 +239,9 @@ def test_it_trains_on_a_corpus_resumes_and_writes_text(
         assert torch.equal(a, b)
     losses = [line["loss"] for line in read_log(full) if "loss" in line]
     assert losses[-1] < losses[0]
-    for flag, message in (("window=4", "has 8, this run 4"), ("model=gpt", "has recurrent, this run gpt")):
-        with pytest.raises(UserError, match=f"{flag.partition('=')[0]}: the checkpoint {message}"):
+    for flag, message in (("recurrent.window=4", "has 8, this run 4"), ("model=gpt", "has recurrent, this run gpt")):
+        name = flag.partition("=")[0].rpartition(".")[2]
+        with pytest.raises(UserError, match=f"{name}: the checkpoint {message}"):
             run_here([*flags, f"--out_dir={parts}", "--resume", f"--{flag}"])
     for flag, message in (
         ("--shard", "wanted False: train.py alone has it"),
