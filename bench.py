@@ -1,14 +1,14 @@
-"""A model against its dense twin: counted FLOPs and bytes, measured time and memory.
+"""Compare a model with its dense twin: counted FLOPs and bytes, measured time and memory.
 
     python bench.py config/lpa_370m.py --vocab_size=32000 --mode=count          needs no weights in memory
-    python bench.py config/lpa_cpu.py --mode=train                              a training step, alternating
-    python bench.py config/lpa_130m.py --vocab_size=32000 --mode=train --against=dense,hf   transformers' class, too
+    python bench.py config/lpa_cpu.py --mode=train                              the time of a training step
+    python bench.py config/lpa_130m.py --vocab_size=32000 --mode=train --against=dense,hf   also transformers' class
     python bench.py config/lpa_cpu.py --mode=decode --json                      for other programs
     python bench.py config/lpa_cpu.py --mode=train --recompute=latents --against=plain      the cost of recompute
     python bench.py config/lpa_3b.py --mode=plan --gpus=8 --memory=80GB         what fits: see lpa/planning.py
 
-The twin is the same configuration with lowdim = {}, run by the same code with the same flags in the same process; the
-two take turns, so that a machine that slows down slows both. Shapes: B batch, T time.
+The twin is the same configuration with lowdim = {}, run by the same code with the same flags in the same process. The
+two are measured in turns, so that a machine that slows down slows both. Shapes: B batch, T time.
 """
 
 import dataclasses
@@ -45,15 +45,15 @@ class BenchConfig:
     """The dense twin, and with hf also transformers' Llama or GPT-2 class of the twin's shape; or, as plain, the model
     itself with recompute = 'none'."""
     pairs: int = 15
-    """Measurements of each variant, in turns."""
+    """Measurements of each variant."""
     decode_tokens: int = 64
-    """Tokens that a measurement of 'decode' draws."""
+    """Tokens per sequence that a measurement of 'decode' draws."""
     context: int | None = None
-    """Tokens that are in the cache before; None = the rest of block_size."""
+    """Tokens in the cache before them; None = the rest of block_size."""
     gpus: int = 1
-    """Of 'plan': how many share the work."""
+    """plan: how many share the work."""
     memory: str = "80GB"
-    """Of 'plan': what each GPU has, such as 80GB (10^9 bytes each) or 79.2GiB."""
+    """plan: what each GPU has, such as 80GB (10^9 bytes each) or 79.2GiB."""
     json: bool = False
     """Print one JSON object in place of tables."""
 
@@ -122,17 +122,19 @@ def with_vocabulary(c: TrainConfig) -> GPTConfig:
 
 def measure(c: BenchConfig, variants: dict[str, TrainConfig], results: dict[str, Any], device: torch.device) -> None:
     """Add times, rates and peak memory of each variant, and their ratios, to the results."""
-    flop_rate, byte_rate = hardware.matmul_rate(device, c.train.dtype), hardware.copy_rate(device)
-    works = {}
+    byte_rate, works = hardware.copy_rate(device), {}  # before the models fill the memory
     for name, variant in variants.items():
         hardware.reset_peak_memory(device)
         others = hardware.peak_memory(device)  # what the variants before hold: weights, moments, a cache
         works[name] = make_work(c, name, variant, device)
-        for _ in range(1 if c.mode == "decode" else 3):  # compiles, and warms up: decoding does so at its first token
+        for _ in range(1 if c.mode == "decode" else 3):  # compiles, and warms up: decoding does so with its first token
             works[name].run()
         peak = hardware.peak_memory(device)
         results[name]["peak_memory_bytes"] = None if others is None or peak is None else peak - others
     times = alternate({name: work.run for name, work in works.items()}, c.pairs, device)
+    # Measured with the kernels that training has installed, and raised by anything faster, so that mfu is at most 1.
+    rates = [1000 * work.flops / min(times[name]) for name, work in works.items()]
+    flop_rate = max(hardware.matmul_rate(device, c.train.dtype), *rates)
     for name, work in works.items():
         ms = statistics.median(times[name])
         least = 1000 * max(work.flops / flop_rate, work.bytes / byte_rate)
@@ -152,7 +154,7 @@ def measure(c: BenchConfig, variants: dict[str, TrainConfig], results: dict[str,
 
 
 def alternate(runs: dict[str, Callable[[], None]], pairs: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each run, taken in turns."""
+    """Return the milliseconds of each run, measured in turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(pairs):
         for name, run in runs.items():
@@ -166,7 +168,7 @@ def alternate(runs: dict[str, Callable[[], None]], pairs: int, device: torch.dev
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed: run() handles `tokens` tokens with `flops` counted FLOPs and moves at least `bytes`."""
+    """Something to time: run() handles `tokens` tokens with `flops` counted FLOPs and moves at least `bytes`."""
 
     run: Callable[[], None]
     tokens: int
@@ -195,7 +197,7 @@ def make_work(c: BenchConfig, name: str, options: TrainConfig, device: torch.dev
         prompt = prompt_length(c, gpt)
         run = decoding(model, x[:, :prompt], c.decode_tokens, options)
         tokens = len(x) * c.decode_tokens
-        # A new token meets all tokens before it, twice the average of a forward pass over them.
+        # A new token looks at all tokens before it, twice the average of a forward pass over them.
         flops = tokens * counted.flops_per_token(2 * prompt + c.decode_tokens)
     prompt = gpt.block_size if c.mode == "prefill" else prompt_length(c, gpt)
     place = (hardware.DTYPES[options.dtype], options.batch_size, prompt, c.decode_tokens)
@@ -243,7 +245,7 @@ def evaluation(
     return evaluate
 
 
-def served(model: GPT | Twin, dtype: str) -> GPT | Twin:
+def to_inference(model: GPT | Twin, dtype: str) -> GPT | Twin:
     """Convert the weights to dtype once; buffers stay as they are."""
     for p in model.parameters():
         p.data = p.data.to(hardware.DTYPES[dtype])
@@ -252,7 +254,7 @@ def served(model: GPT | Twin, dtype: str) -> GPT | Twin:
 
 def prefill(model: GPT | Twin, x: Tensor, options: TrainConfig) -> Callable[[], Any]:
     """Return a function that reads a prompt x into a new cache and returns it."""
-    model = served(model, options.dtype)
+    model = to_inference(model, options.dtype)
 
     @torch.inference_mode()
     def read() -> Any:
@@ -273,7 +275,7 @@ def decoding(model: GPT | Twin, x: Tensor, tokens: int, options: TrainConfig) ->
 
         @torch.inference_mode()
         def draw() -> None:
-            theirs.crop(x.size(1) - 1 - theirs.get_seq_length())  # a negative number is how many go
+            theirs.crop(x.size(1) - 1 - theirs.get_seq_length())  # a negative number is how many to remove
             how: dict[str, Any] = dict(max_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(x))
             model.hf.generate(x, past_key_values=theirs, **how)
 

@@ -1,7 +1,7 @@
-"""Corpora: token shards on disk, the batches of a training step, the fixed windows of an evaluation.
+"""Read corpora: token shards on disk, the batches of a training step, the windows of an evaluation.
 
-A corpus is a folder with {train,val,test}_00000.bin, ... and meta.json, written by `python -m data.NAME.prepare`.
-A folder of llm.c, modded-nanogpt or nanoGPT has no meta.json and is a corpus too; data/shards.py says how it is read.
+A corpus is a folder with meta.json and {train,val,test}_00000.bin, ..., written by `python -m data.NAME.prepare`.
+Folders of llm.c, modded-nanogpt and nanoGPT have no meta.json; data/shards.py describes them in the same form.
 
 Letters: N tokens of a split, T block_size, B batch_size.
 """
@@ -23,17 +23,17 @@ from data.shards import HEADER_BYTES, SHARD_MAGIC, check_shard, describe_foreign
 from data.tokenizers import load_tokenizer
 
 DATA = Path(__file__).parent
-CHUNK = 1 << 20  # tokens whose bytes are counted at a time
+CHUNK = 1 << 20  # tokens whose bytes are counted at once
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split of a corpus. Nothing is loaded or kept open: each window reads its own bytes from the shards."""
+    """One split of a corpus. It keeps nothing in memory and no file open: each window is read from the shards."""
 
     folder: Path
     split: str
     meta: dict[str, Any]
-    """The whole of meta.json; its "tokenizer" is what data.tokenizers.load_tokenizer takes."""
+    """The contents of meta.json; load_tokenizer of data/tokenizers.py takes its "tokenizer"."""
 
     @property
     def tokens(self) -> int:
@@ -41,7 +41,7 @@ class Corpus:
 
     @cached_property
     def bytes(self) -> int:
-        """UTF-8 bytes of the text behind the tokens, for bits per byte; in files of others they are counted."""
+        """Return the UTF-8 bytes of the text, for bits per byte. Without meta.json they are counted here."""
         if "bytes" in self.meta["splits"][self.split]:
             return self.meta["splits"][self.split]["bytes"]
         tokenizer = load_tokenizer(self.folder, self.meta["tokenizer"])
@@ -53,7 +53,7 @@ class Corpus:
 
     @property
     def max_token(self) -> int:
-        """The largest id that occurs."""
+        """Return the largest id in the split."""
         return self.meta["splits"][self.split]["max_token"]
 
     @property
@@ -62,34 +62,34 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any token, in files of others with any near an end of a file.
+        """Return 16 hex digits that differ for other data, by which a resumed run recognises its corpus.
 
-        A resumed run recognises its data by them.
+        Any changed token changes them. Without meta.json, only the two ends of each file are hashed.
         """
         hashes = [shard["sha256"] for shard in self.meta["splits"][self.split]["shards"]]
         return sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
     @cached_property
     def shard_ends(self) -> list[int]:
-        """Where each shard ends, in tokens from the start of the split."""
+        """Return where each shard ends, in tokens from the start of the split."""
         return np.cumsum([s["tokens"] for s in self.meta["splits"][self.split]["shards"]]).tolist()
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """Tokens start, start + 1, ... of the split as int64 (length,); after the last token comes the first.
+        """Return tokens start, start + 1, ... of the split as int64 (length,); the first follows the last.
 
-        A read takes half the time of opening a memory map anew, and a map that stays open makes the process grow by
-        every page it has touched (nanoGPT issue 287). Raises UserError where a shard was cut meanwhile, or holds a
-        token beyond the vocabulary.
+        Reading is twice as fast as opening a memory map each time, and a map that stays open makes the process grow
+        by every page that it has touched (nanoGPT issue 287). Raise UserError if a shard was cut after it was opened,
+        or holds a token beyond the vocabulary.
         """
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         parts = [np.empty(0, dtype=dtype)]
         while length > 0:
             start %= self.tokens
-            shard = bisect_right(self.shard_ends, start)
-            first = start - (self.shard_ends[shard - 1] if shard else 0)
-            count = min(length, self.shard_ends[shard] - start)
-            described = self.meta["splits"][self.split]["shards"][shard]
-            path, header_bytes = self.folder / described["file"], described.get("header_bytes", HEADER_BYTES)
+            number = bisect_right(self.shard_ends, start)
+            first = start - (self.shard_ends[number - 1] if number else 0)
+            count = min(length, self.shard_ends[number] - start)
+            shard = self.meta["splits"][self.split]["shards"][number]
+            path, header_bytes = self.folder / shard["file"], shard.get("header_bytes", HEADER_BYTES)
             part = np.fromfile(path, dtype, count, offset=header_bytes + first * dtype.itemsize)
             if len(part) < count:
                 raise UserError(f"{path} ends after {first + len(part)} tokens, wanted {first + count} or more")
@@ -101,11 +101,10 @@ class Corpus:
 
 
 def open_corpus(dataset: str, split: str) -> Corpus:
-    """The split of a corpus below data/, or of any folder that holds meta.json or token files of others.
+    """Return a split of a corpus in data/, or of any folder with meta.json or with token files of another program.
 
-    All is checked here but the tokens of our own shards, whose largest one meta.json tells.
-
-    Raises UserError: no such corpus (with the command that prepares it) or split, a shard missing, cut or foreign.
+    Raise UserError if there is no such corpus or split, or if a shard is missing, cut or of another format. The tokens
+    of our own shards are not read: meta.json holds the largest one.
     """
     folder = corpus_folder(dataset)
     meta = read_meta(folder)
@@ -113,7 +112,7 @@ def open_corpus(dataset: str, split: str) -> Corpus:
         raise UserError(f"corpus {dataset} has no split {split!r}; it has {', '.join(meta['splits'])}")
     corpus = Corpus(folder, split, meta)
     for shard in meta["splits"][split]["shards"]:
-        if "header_bytes" not in shard:  # those of others were checked when they were described
+        if "header_bytes" not in shard:  # describe_foreign has checked the others
             check_shard(folder / shard["file"], meta["dtype"], shard["tokens"])
     if corpus.max_token >= corpus.vocab_size:
         raise UserError(f"{folder} holds token {corpus.max_token}, wanted below vocab_size = {corpus.vocab_size}")
@@ -121,13 +120,13 @@ def open_corpus(dataset: str, split: str) -> Corpus:
 
 
 def corpus_folder(dataset: str) -> Path:
-    """Where the corpus is. Names below data/ come first, whatever the working directory."""
+    """Return the folder of a corpus. A name in data/ comes first, whatever the working directory."""
     places = (DATA / dataset, Path(dataset))
     for folder in places:
         if (folder / "meta.json").is_file():
             return folder
-    if any(any(folder.glob(note)) for folder in places for note in ("progress*.jsonl", "meta_*.json")):
-        raise UserError(f"corpus {dataset} is not finished; run the command that prepares it again, it goes on")
+    if any((folder / "progress.jsonl").is_file() for folder in places):
+        raise UserError(f"corpus {dataset} is not finished; run its prepare command again, and it continues")
     if (DATA / dataset / "prepare.py").is_file():
         raise UserError(f"corpus {dataset} is not prepared; run: python -m data.{dataset}.prepare")
     for folder in places:
@@ -135,27 +134,27 @@ def corpus_folder(dataset: str) -> Path:
             return folder
     ready = ", ".join(sorted(script.parent.name for script in DATA.glob("*/prepare.py")))
     raise UserError(
-        f"no corpus {dataset} below {DATA.name}/, no {Path(dataset) / 'meta.json'} and no train.bin; prepare your "
+        f"no corpus {dataset} in {DATA.name}/, no {Path(dataset) / 'meta.json'} and no train.bin; prepare your "
         f"own text with: python -m data.own_text.prepare --path=TEXT --name={Path(dataset).name}, or one of {ready}"
     )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json, or what it would say of files of others. Raises UserError where it is not one of ours."""
+    """Return meta.json, or the same for token files of another program. Raise UserError if it is not valid."""
     if not (folder / "meta.json").is_file():
         return describe_foreign(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        ours = is_ours(meta)
+        valid = is_valid(meta)
     except (ValueError, KeyError, TypeError, AttributeError):
-        ours = False
-    if not ours:
+        valid = False
+    if not valid:
         raise UserError(f"{folder / 'meta.json'} is not the description of a corpus of format 1; prepare it again")
     return meta
 
 
-def is_ours(meta: Any) -> bool:
-    """Whether what is read of a meta.json is there, of the right kind, and adds up; may raise where it is not."""
+def is_valid(meta: Any) -> bool:
+    """Say whether a meta.json has all that is read from it and adds up; may raise if it has not."""
     counts = [meta["vocab_size"]]
     for split in meta["splits"].values():
         shards = split["shards"]
@@ -181,10 +180,10 @@ def batch(
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of one micro-step on one rank, int64 (B, T) each. A pure function: there is no state to save.
+    """Return inputs and targets of one micro-step in one process, int64 (B, T) each.
 
-    Samples are numbered over the whole run, and a step holds the same ones however many ranks share it.
-    Raises UserError where the corpus is shorter than a block.
+    This is a pure function, so a resumed run needs no state of a loader. Samples are numbered over the whole run, and
+    a step reads the same ones for any number of processes. Raise UserError if the corpus is shorter than a block.
     """
     first = (step * micro_steps + micro_step) * world_size * batch_size + rank * batch_size
     starts = [sample_start(corpus.tokens, block_size, seed, first + b) for b in range(batch_size)]
@@ -192,11 +191,11 @@ def batch(
 
 
 def sample_start(tokens: int, block_size: int, seed: int, sample: int) -> int:
-    """Where sample number 0, 1, 2, ... begins in a split of N = `tokens`.
+    """Return where sample 0, 1, 2, ... of the run starts in a split of N = `tokens`.
 
-    An epoch has N // T windows, laid end to end from a start of its own and taken in an order of its own. A window
-    reads one token more than T, the target of its last position, so that every token is a target once an epoch,
-    but for a rest shorter than T that is another one in each epoch.
+    An epoch has N // T windows without gaps. Each epoch shifts their borders and shuffles their order anew. A window
+    reads T + 1 tokens, since its last position needs a target. So every token is a target once per epoch, except for
+    a rest shorter than T, which is another one in each epoch.
     """
     windows = max(1, tokens // block_size)
     epoch, i = divmod(sample, windows)
@@ -206,17 +205,17 @@ def sample_start(tokens: int, block_size: int, seed: int, sample: int) -> int:
 
 
 def permuted(i: int, n: int, key: bytes) -> int:
-    """Where a keyed permutation of 0 ... n - 1 takes i.
+    """Return the image of i under a permutation of 0 ... n - 1 that depends on the key.
 
-    A Feistel network permutes the next power of four; what falls outside is sent through again. It needs no table of
-    n entries, and a hash is the same in every version of every library, which random generators do not promise.
+    A Feistel network permutes the next power of four, and is applied again while the result is not below n. It needs
+    no table of n entries, and a hash is the same in every version of every library. A random generator may change.
     """
     half = (max(n - 1, 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
     while True:
         left, right = i >> half, i & mask
-        for turn in range(6):
-            digest = blake2b(b"%d %d" % (turn, right), key=key, digest_size=8).digest()
+        for number in range(6):
+            digest = blake2b(b"%d %d" % (number, right), key=key, digest_size=8).digest()
             left, right = right, left ^ int.from_bytes(digest, "little") & mask
         i = left << half | right
         if i < n:
@@ -224,10 +223,10 @@ def permuted(i: int, n: int, key: bytes) -> int:
 
 
 def eval_windows(corpus: Corpus, block_size: int, tokens: int | None = None) -> np.ndarray:
-    """Numbers of the windows that an evaluation reads: the same ones for every model, step and world size.
+    """Return the numbers of the windows that an evaluation reads, the same for every model and step.
 
-    The split holds (N - 1) // T disjoint windows. With `tokens`, tokens // T of them (at least one), evenly spread.
-    A rank takes eval_windows(...)[rank::world_size]. Raises UserError where the corpus is shorter than a block.
+    The split has (N - 1) // T windows that do not overlap. With `tokens`, return tokens // T of them (at least one)
+    at equal distances. A process takes eval_windows(...)[rank::world_size].
     """
     require_block(corpus, block_size)
     windows = (corpus.tokens - 1) // block_size
@@ -236,7 +235,7 @@ def eval_windows(corpus: Corpus, block_size: int, tokens: int | None = None) -> 
 
 
 def eval_batch(corpus: Corpus, block_size: int, windows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of those windows, int64 (len(windows), T) each."""
+    """Return inputs and targets of these windows, int64 (len(windows), T) each."""
     return windows_at(corpus, block_size, [int(window) * block_size for window in windows])
 
 

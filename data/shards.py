@@ -1,8 +1,8 @@
-"""Token files: our shards, and those of others, which train as they are.
+"""Read and write token files: our shards, and those of llm.c, modded-nanogpt and nanoGPT, which train as they are.
 
-A shard is a file as llm.c and modded-nanogpt have it, so theirs can be read here and ours there: 256 little-endian
-int32 (magic, version, number of tokens, zeros), then the tokens as uint16 or uint32. nanoGPT's train.bin and val.bin
-are uint16 tokens without a header.
+A shard has the format of llm.c and modded-nanogpt, so these programs can read ours: 256 little-endian int32 (magic
+number, version, number of tokens, zeros), then the tokens as uint16 or uint32. nanoGPT's train.bin and val.bin are
+uint16 tokens without a header. Token files of another program are called foreign here.
 """
 
 import pickle
@@ -18,9 +18,9 @@ from config import UserError
 from data.tokenizers import CharTokenizer, Tokenizer, tiktoken_encoding
 
 HEADER_BYTES = 1024
-SHARD_MAGIC = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # dtype -> magic, version
+SHARD_MAGIC = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # dtype -> magic number, version
 FOREIGN_NAME = re.compile(r"(?:(.+)_)?(train|val|test)(?:_\d+)?\.bin")  # fineweb_train_000001.bin, train.bin
-HASHED_BYTES = 1 << 20  # at each end of a file of others, which may have 200 MB: a start should not read them twice
+HASHED_BYTES = 1 << 20  # at each end of a foreign file: reading all 200 MB of it would slow each start down
 
 
 def shard_header(dtype: str, tokens: int) -> bytes:
@@ -30,7 +30,7 @@ def shard_header(dtype: str, tokens: int) -> bytes:
 
 
 def check_shard(path: Path, dtype: str, tokens: int | None = None) -> int:
-    """The tokens that the header promises. Raises UserError: missing, not of this kind, or not of this length."""
+    """Return the number of tokens in the header. Raise UserError if the file is missing, cut or of another kind."""
     if not path.is_file():
         raise UserError(f"{path} is missing, wanted a shard of {tokens} tokens")
     size = path.stat().st_size
@@ -41,15 +41,15 @@ def check_shard(path: Path, dtype: str, tokens: int | None = None) -> int:
     if size != wanted:
         raise UserError(f"{path} has {size} bytes, wanted {wanted}; it was cut or is not of this corpus")
     if tokens not in (None, count):
-        raise UserError(f"{path} says that it holds {count} tokens, wanted {tokens} as meta.json says")
+        raise UserError(f"{path} has a header for {count} tokens, wanted {tokens} as in meta.json")
     return count
 
 
-# --- Folders of others -----------------------------------------------------------------------------------------------
+# --- Foreign token files -----------------------------------------------------------------------------------------
 
 
 def foreign_files(folder: Path) -> list[tuple[str, Path]]:
-    """(split, file) in the order of their names. Raises UserError where they are of several corpora."""
+    """Return (split, file) in the order of the names. Raise UserError if they belong to several corpora."""
     named = [(FOREIGN_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("*.bin")) if path.is_file()]
     corpora = sorted({str(match[1]) for match, _ in named if match})
     if len(corpora) > 1:
@@ -58,15 +58,14 @@ def foreign_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def describe_foreign(folder: Path) -> dict[str, Any]:
-    """What meta.json would say of a folder of others. The bytes of a split are not there: data.Corpus counts them.
+    """Return a meta.json for foreign files. It lacks the bytes of a split, which Corpus.bytes counts when needed.
 
-    Raises UserError where a file is cut or of another kind, or a tokenizer cannot be had.
+    Raise UserError if a file is cut or of another kind, or if there is no tokenizer for it.
     """
-    files = foreign_files(folder)
     tokenizer = guess_tokenizer(folder)
     splits: dict[str, Any] = {}
-    for split, path in files:
-        splits.setdefault(split, {"shards": []})["shards"].append(read_foreign(path))
+    for split, path in foreign_files(folder):
+        splits.setdefault(split, {"shards": []})["shards"].append(describe_file(path))
     for split in splits.values():
         split["tokens"] = sum(shard["tokens"] for shard in split["shards"])
         split["max_token"] = max(shard["max_token"] for shard in split["shards"])
@@ -74,10 +73,10 @@ def describe_foreign(folder: Path) -> dict[str, Any]:
     return {"format": 1, "dtype": "uint16", **about, "splits": splits}
 
 
-def read_foreign(path: Path) -> dict[str, Any]:
-    """A file of uint16 tokens, with a header or without, as meta.json describes a shard."""
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the entry of meta.json for a file of uint16 tokens, with or without a header."""
     size, header = path.stat().st_size, np.fromfile(path, "<i4", HEADER_BYTES // 4)
-    # No text of 512 tokens has zeros from the seventh on, so a header of another kind is told from tokens.
+    # A header has zeros after its third number, and no text does: so we also recognise a header of another format.
     has_header = len(header) == HEADER_BYTES // 4 and header[:3].all() and not header[3:].any()
     if path.stem not in ("train", "val", "test") or has_header:
         if tuple(header[:2]) == SHARD_MAGIC["uint32"]:
@@ -98,33 +97,33 @@ def read_foreign(path: Path) -> dict[str, Any]:
 
 
 @cache
-def largest_token(path: Path, start: int, changed: int) -> int:
-    """`changed`, the time of the file, is there so that a file is read once, and again where it was rewritten."""
+def largest_token(path: Path, start: int, modified: int) -> int:
+    """Return the largest id. `modified` is part of the cache's key: a file is read again only if it has changed."""
     return int(np.memmap(path, "<u2", "r", offset=start).max())
 
 
 def guess_tokenizer(folder: Path) -> Tokenizer:
-    """GPT-2's, which others use without saying so; or the characters that nanoGPT's meta.pkl names.
+    """Return the characters in nanoGPT's meta.pkl, or without that file GPT-2's tokenizer, which the others use.
 
-    Raises UserError where meta.pkl names no characters: its tokens are then none of GPT-2's either.
+    Raise UserError if meta.pkl does not hold characters.
     """
     path = folder / "meta.pkl"
     if not path.exists():
         return tiktoken_encoding("gpt2")
     try:
         with open(path, "rb") as file:
-            ids = PlainValues(file).load()["stoi"]
+            ids = PlainUnpickler(file).load()["stoi"]
         tokenizer = CharTokenizer(ids)
         if ids != {character: i for i, character in enumerate(tokenizer.characters)}:
             raise ValueError("its ids are not in the order of the code points")
-    except Exception as error:  # a pickle that was cut or made by hand raises anything
+    except Exception as error:  # a damaged pickle can raise anything
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} does not name characters as nanoGPT's does, one id each ({why})") from None
     return tokenizer
 
 
-class PlainValues(pickle.Unpickler):
-    """Reads numbers, texts, lists and dicts alone: no class or function is looked up, so a pickle can run no code."""
+class PlainUnpickler(pickle.Unpickler):
+    """Read numbers, strings, lists and dicts only. Without classes and functions, a pickle cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")

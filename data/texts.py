@@ -1,4 +1,4 @@
-"""Text from files, a piece at a time, so that no corpus is ever in memory as a whole."""
+"""Read text from files, one piece at a time, so that a corpus is never in memory as a whole."""
 
 import codecs
 import gzip
@@ -17,8 +17,8 @@ from config import UserError
 
 KINDS = (".txt", ".tokens", ".jsonl", ".parquet")
 READ_BYTES = 1 << 16
-TASK_CHARACTERS = 60_000  # with a million the allocator's holes grew with the corpus, to 570 MB after 2 GB of text
-LONGEST_WORD = 16_000_000  # characters without a safe place after which a document is cut anyway
+TASK_CHARACTERS = 60_000  # with a million, memory was fragmented: 570 MB after 2 GB of text
+LONGEST_WORD = 16_000_000  # characters; a document without a safe place to cut is cut after so many
 
 
 class Piece(NamedTuple):
@@ -30,55 +30,53 @@ class Piece(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is tokenised at once."""
+    """The text that one thread tokenises at once."""
 
     split: str
     pieces: list[Piece]
 
 
 def find_files(path: str) -> list[Path]:
-    """The readable files of a folder in order of their names, or the one file. Says which files it leaves out.
+    """Return the one file, or the readable files of a folder in the order of their names. Print what is skipped.
 
-    Raises UserError where there are none.
+    Raise UserError if there are none.
     """
     root = Path(path)
     if not root.exists():
         raise UserError(f"no file or folder {path}")
     files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
     readable = [file for file in files if kind_of(file) in KINDS]
-    others = [str(file.relative_to(root)) if root.is_dir() else str(file) for file in files if file not in readable]
+    others = [str(file.relative_to(root)) if root.is_dir() else path for file in files if file not in readable]
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not readable:
         raise UserError(
             f"{path} holds no .txt, .jsonl or .parquet (each also as .gz or .xz); found {listed or 'nothing'}"
         )
     if others:
-        print(f"left out, being neither .txt nor .jsonl nor .parquet: {listed}")
+        print(f"skipped, since not .txt, .jsonl or .parquet: {listed}")
     return readable
 
 
 def kind_of(file: Path) -> str:
-    """'.txt' of both book.txt and book.txt.xz"""
+    """Return '.txt' for both book.txt and book.txt.xz."""
     return Path(file.stem).suffix.lower() if file.suffix in (".gz", ".xz") else file.suffix.lower()
 
 
 def read_file(file: Path, column: str = "text") -> Iterator[tuple[str, bool]]:
-    """(text, whether a document ends with it): one document of a text file, one of each row of the other kinds.
+    """Yield (text, whether it ends a document). A text file is one document, a row of the other kinds is one.
 
-    Raises UserError where the file is damaged, not UTF-8, or a row has no text in `column`.
+    Raise UserError if the file is damaged or not UTF-8, or if a row has no text in `column`.
     """
     try:
-        if kind_of(file) == ".parquet":
-            yield from read_parquet(file, column)
-            return
-        with open_file(file) as stream:
-            yield from read_jsonl(file, stream, column) if kind_of(file) == ".jsonl" else read_text(file, stream)
+        with {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)(file, "rb") as stream:
+            if kind_of(file) == ".parquet":
+                yield from read_parquet(file, stream, column)
+            elif kind_of(file) == ".jsonl":
+                yield from read_jsonl(file, stream, column)
+            else:
+                yield from read_text(file, stream)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file} is damaged or cut: {error}") from None
-
-
-def open_file(file: Path) -> BufferedIOBase:
-    return {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)(file, "rb")
 
 
 def read_text(file: Path, stream: BufferedIOBase) -> Iterator[tuple[str, bool]]:
@@ -88,10 +86,10 @@ def read_text(file: Path, stream: BufferedIOBase) -> Iterator[tuple[str, bool]]:
         while contents := stream.read(READ_BYTES):
             if text:
                 yield text, False
-            pending = len(decoder.getstate()[0])  # the bytes of a character cut by the previous read
+            pending = len(decoder.getstate()[0])  # bytes of a character that the previous read has cut
             text = decoder.decode(contents)
             done += len(contents)
-        pending, contents = len(decoder.getstate()[0]), b""
+        pending = len(decoder.getstate()[0])
         text += decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         where = done - pending + error.start
@@ -116,24 +114,40 @@ def read_jsonl(file: Path, stream: BufferedIOBase, column: str) -> Iterator[tupl
             yield text, True
 
 
-def read_parquet(file: Path, column: str) -> Iterator[tuple[str, bool]]:
+def read_parquet(file: Path, stream: BufferedIOBase, column: str) -> Iterator[tuple[str, bool]]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError("reading .parquet needs: pip install pyarrow") from None
-    with open_file(file) as stream:
-        table = pyarrow.parquet.ParquetFile(stream)
-        if column not in table.schema_arrow.names:
-            fields = ", ".join(table.schema_arrow.names)
-            raise UserError(f"{file} has no column {column!r}, it has {fields}; choose with --column")
-        for rows in table.iter_batches(batch_size=256, columns=[column]):
-            for text in rows.column(0).to_pylist():
-                if text:
-                    yield text, True
+    table = pyarrow.parquet.ParquetFile(stream)
+    if column not in table.schema_arrow.names:
+        fields = ", ".join(table.schema_arrow.names)
+        raise UserError(f"{file} has no column {column!r}, it has {fields}; choose with --column")
+    for rows in table.iter_batches(batch_size=256, columns=[column]):
+        yield from ((text, True) for text in rows.column(0).to_pylist() if text)
+
+
+def hub_rows(dataset: str, subset: str | None, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a dataset on the Hugging Face hub. Raise UserError without the library or the network."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"reading {dataset} from the hub needs: pip install datasets; or give local files") from None
+    try:
+        yield from datasets.load_dataset(dataset, subset, split=split, streaming=streaming)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"cannot read {dataset} from the hub ({type(error).__name__}); try again, or give local files"
+        ) from None
+
+
+def identity_of(files: list[Path]) -> dict[str, Any]:
+    """Return names and sizes: a stopped preparation continues only if they are unchanged."""
+    return {"files": [[file.name, file.stat().st_size] for file in files]}
 
 
 def split_of_name(name: str) -> str | None:
-    """'val' of valid.txt, dev.jsonl.gz or validation-0001.parquet; None where the name tells nothing."""
+    """Return 'val' for valid.txt, dev.jsonl.gz or validation-0001.parquet, and None for a name without a split."""
     match = re.match(r"(wiki\.)?(train|val|valid|validation|dev|test)(?![a-z])", name.lower())
     if match is None:
         return None
@@ -141,13 +155,13 @@ def split_of_name(name: str) -> str | None:
 
 
 def share_of(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: documents below a share are that share of them."""
+    """Return a number in [0, 1) that depends on the text alone: a share s of all documents has numbers below s."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def cut_by_position(text: Iterable[tuple[str, bool]], train_characters: int) -> Iterator[Piece]:
-    """One document: its first characters are train, the rest is val."""
+    """Cut one document: its first characters are train, the rest is val."""
     left = train_characters
     for part, ends in text:
         if part[:left]:
@@ -157,16 +171,11 @@ def cut_by_position(text: Iterable[tuple[str, bool]], train_characters: int) -> 
         left = max(0, left - len(part))
 
 
-def identity_of(files: list[Path]) -> dict[str, Any]:
-    """Names and sizes: a preparation that was stopped goes on only where these are the same."""
-    return {"files": [[file.name, file.stat().st_size] for file in files]}
-
-
 def in_tasks(pieces: Iterable[Piece], cut: bool = True) -> Iterator[Task]:
-    """Small documents together and, where `cut`, long ones cut to TASK_CHARACTERS; a task is of one split."""
+    """Group small documents of a split and, with `cut`, cut long ones to TASK_CHARACTERS."""
     waiting: dict[str, list[Piece]] = {}
     characters = Counter()
-    for piece in cut_safely(pieces, cut):
+    for piece in cut_safely(pieces, TASK_CHARACTERS if cut else LONGEST_WORD):
         waiting.setdefault(piece.split, []).append(piece)
         characters[piece.split] += len(piece.text)
         if characters[piece.split] >= TASK_CHARACTERS // 2:
@@ -176,20 +185,17 @@ def in_tasks(pieces: Iterable[Piece], cut: bool = True) -> Iterator[Task]:
         yield Task(split, rest)
 
 
-# Where cutting changes no token: after a line break and before a letter or digit, or before a space, both between
-# characters that are not white space. There the patterns of GPT-2 and of tiktoken's other encodings begin a new word,
-# whatever comes before and after. ("!\n/" can be one word in o200k_base, so a letter it must be.) No place is safe for
-# SentencePiece, which marks the beginning of what it is given.
+# Places where a cut changes no token: after a line break and before a letter or digit, or before a space, if there is
+# no other white space beside it. The patterns of GPT-2 and of tiktoken's other encodings start a new word there. (It
+# must be a letter, since "!\n/" can be one word in o200k_base.) SentencePiece has no such place: it marks the start of
+# each text that it gets.
 SAFE_PLACE = re.compile(r"(?<=\S\n)(?=\w)|(?<=\S)(?= \S)")
 LAST_SAFE_PLACE = re.compile(r".*\S(?:\n(?=\w)|(?= \S))", re.DOTALL)
 
 
-def cut_safely(pieces: Iterable[Piece], short: bool = True) -> Iterator[Piece]:
-    """Documents joined from their parts and, where longer than TASK_CHARACTERS, cut anew at safe places.
-
-    Not short: only where longer than LONGEST_WORD.
-    """
-    rest, longest = "", TASK_CHARACTERS if short else LONGEST_WORD
+def cut_safely(pieces: Iterable[Piece], longest: int) -> Iterator[Piece]:
+    """Join the parts of each document, and cut it again at safe places if it has more characters than `longest`."""
+    rest = ""
     for split, text, ends_document in pieces:
         rest += text
         while len(rest) > longest:

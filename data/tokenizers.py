@@ -1,13 +1,13 @@
-"""Text to token ids and back: by bytes, by characters, by byte pairs (BPE), or as a tokenizer.json says.
+"""Turn text into token ids and back: by bytes, by characters, by byte pairs (BPE), or by a tokenizer.json.
 
 Each kind has
     vocab_size, end_of_text      the number of ids; the id that ends a document, or None
-    encode(text)                 a list of ids; what looks like a special token in the text is ordinary text
+    encode(text)                 a list of ids; text that looks like a special token is ordinary text
     encode_array(text)           the same as an array
     decode(ids)                  text; bytes that are not UTF-8 become the replacement character
-    decode_bytes(id)             the bytes of one token, for output as it comes
-    spec()                       what makes it again, a dict for JSON
-    save(folder)                 writes what else it needs there and returns the spec
+    decode_bytes(id)             the bytes of one token, to print text while it is sampled
+    spec()                       a dict for JSON, from which the tokenizer is made again
+    save(folder)                 write the file that it also needs, if any, and return the spec
 and load_tokenizer(folder, spec) makes it again without a network.
 """
 
@@ -27,14 +27,14 @@ import tiktoken
 from config import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's way to split text into words before merging, in the form that tiktoken runs fastest.
+# How GPT-2 splits text into words before it merges bytes, in the form that is fastest in tiktoken.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 RANKS_FILE = "tokenizer.tiktoken"
 TOKENIZER_FILE = "tokenizer.json"
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8. Byte 255 occurs in no UTF-8 text, so it can end documents without a 257th id."""
+    """The 256 bytes of UTF-8. No UTF-8 text holds byte 255, so it ends documents, and no 257th id is needed."""
 
     vocab_size = 256
     end_of_text = 255
@@ -73,7 +73,7 @@ class CharTokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Raises UserError naming the characters that it does not know."""
+        """Return the ids. Raise UserError that names unknown characters."""
         ids = self.ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
         if (ids < 0).any():
             unknown = sorted(set(text) - set(self.characters))
@@ -98,7 +98,10 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """Byte pairs with tiktoken: one of its encodings, or one trained on the corpus; its last id is the end of text."""
+    """Byte pairs by tiktoken: one of its encodings, or one trained on a corpus. The last id ends documents.
+
+    The rank of a token is its id; tiktoken merges the pair with the lowest rank first.
+    """
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], end_of_text: int) -> None:
         self.name, self.pattern, self.ranks, self.end_of_text = name, pattern, ranks, end_of_text
@@ -132,10 +135,10 @@ class BPETokenizer:
 
 
 class HFTokenizer:
-    """A tokenizer.json of byte-level or SentencePiece's form, by the library that reads them: that of a Llama, say.
+    """A tokenizer.json in the byte-level or SentencePiece form, such as Llama's, by the library tokenizers.
 
-    Nothing is put before or after a text. Raises UserError without the library or for another form, and whatever the
-    library raises where the contents are none.
+    It adds nothing before or after a text. Raise UserError without the library or for another form. For damaged
+    contents, raise whatever the library raises.
     """
 
     def __init__(self, contents: dict[str, Any], end_of_text: int | None) -> None:
@@ -144,11 +147,11 @@ class HFTokenizer:
         except ImportError:
             raise UserError(f"a {TOKENIZER_FILE} needs: pip install tokenizers") from None
         if contents["model"]["type"] == "WordPiece":
-            raise UserError(f"a {TOKENIZER_FILE} of WordPiece, wanted byte-level or SentencePiece's form")
+            raise UserError(f"a {TOKENIZER_FILE} of WordPiece, wanted the byte-level or SentencePiece form")
         plain = dict.fromkeys(("truncation", "padding", "post_processor"))
         self.contents, self.end_of_text = {**contents, **plain}, end_of_text
         self.model = tokenizers.Tokenizer.from_str(json.dumps(self.contents))
-        self.model.encode_special_tokens = True  # what looks like one in a text is text
+        self.model.encode_special_tokens = True  # text that looks like a special token is ordinary text
         self.vocab_size = 1 + max(self.model.get_vocab().values())
         self.added = {added["id"]: added["content"] for added in contents["added_tokens"]}
         self.byte_of = byte_of_printable() if '"ByteLevel"' in json.dumps(contents.get("decoder")) else {}
@@ -163,22 +166,23 @@ class HFTokenizer:
         return self.model.decode(list(ids), skip_special_tokens=False)
 
     def decode_bytes(self, token: int) -> bytes:
-        """SentencePiece marks a space by U+2581, and names a byte that is no character like <0x0A>."""
+        """Return the bytes of one token. SentencePiece writes a space as U+2581, and a single byte as <0x0A>."""
         text = self.added.get(token, self.model.id_to_token(token)) or ""
         if self.byte_of and token not in self.added:
             return bytes(self.byte_of[c] for c in text)
         named = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
         return bytes([int(named[1], 16)]) if named else text.replace("\u2581", " ").encode()
 
+    @cached_property
+    def json_file(self) -> bytes:
+        return json.dumps(self.contents, sort_keys=True).encode()
+
     def spec(self) -> dict[str, Any]:
         spec = {"kind": "hf", "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
-        return {**spec, "sha256": hashlib.sha256(self.as_text().encode()).hexdigest()}
-
-    def as_text(self) -> str:
-        return json.dumps(self.contents, sort_keys=True)
+        return {**spec, "sha256": hashlib.sha256(self.json_file).hexdigest()}
 
     def save(self, folder: Path) -> dict[str, Any]:
-        (folder / TOKENIZER_FILE).write_text(self.as_text(), encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_bytes(self.json_file)
         return self.spec()
 
 
@@ -186,40 +190,36 @@ Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer | HFTokenizer
 
 
 def load_tokenizer(folder: Path | str, spec: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a spec, from its file in the folder, or where it is one of tiktoken's without that file.
+    """Return the tokenizer of a spec, from its file in the folder, or from tiktoken if the file is not there.
 
-    Raises UserError where the file is missing or another one, or the spec is not one of ours.
+    Raise UserError if the file is missing or has changed, or if the spec is not valid.
     """
     try:
-        return from_spec(Path(folder), spec)
+        if spec["kind"] == "byte":
+            return ByteTokenizer()
+        if spec["kind"] == "char":
+            return CharTokenizer(spec["characters"])
+        if spec["kind"] not in ("bpe", "hf"):
+            raise ValueError("wanted kind byte, char, bpe or hf")
+        path = Path(folder) / (RANKS_FILE if spec["kind"] == "bpe" else TOKENIZER_FILE)
+        if not path.is_file() and spec.get("name") in tiktoken.list_encoding_names():
+            return tiktoken_encoding(spec["name"])
+        contents = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(contents).hexdigest() != spec["sha256"]:
+            state = "is not the file that was saved" if contents else "is missing"
+            raise UserError(f"{path} {state}, wanted sha256 {spec['sha256'][:16]}...")
+        if spec["kind"] == "hf":
+            return HFTokenizer(json.loads(contents), spec["end_of_text"])
+        pairs = [line.split() for line in contents.splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        return BPETokenizer(spec["name"], spec["pattern"], ranks, spec["end_of_text"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        told = f"{type(error).__name__}: {error}"
-        raise UserError(f"{folder} describes its tokenizer as {str(spec)[:80]}, which is none ({told})") from None
-
-
-def from_spec(folder: Path, spec: dict[str, Any]) -> Tokenizer:
-    if spec["kind"] == "byte":
-        return ByteTokenizer()
-    if spec["kind"] == "char":
-        return CharTokenizer(spec["characters"])
-    if spec["kind"] not in ("bpe", "hf"):
-        raise UserError(f"{folder} has a tokenizer of kind {spec['kind']!r}, wanted 'byte', 'char', 'bpe' or 'hf'")
-    path = folder / (RANKS_FILE if spec["kind"] == "bpe" else TOKENIZER_FILE)
-    if not path.is_file() and spec.get("name") in tiktoken.list_encoding_names():
-        return tiktoken_encoding(spec["name"])
-    contents = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(contents).hexdigest() != spec["sha256"]:
-        state = "is not the file that was saved" if contents else "is missing"
-        raise UserError(f"{path} {state}, wanted sha256 {spec['sha256'][:16]}...")
-    if spec["kind"] == "hf":
-        return HFTokenizer(json.loads(contents), spec["end_of_text"])
-    pairs = [line.split() for line in contents.splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    return BPETokenizer(spec["name"], spec["pattern"], ranks, spec["end_of_text"])
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder} describes its tokenizer as {str(spec)[:80]}, which is not valid ({why})") from None
 
 
 def tiktoken_encoding(name: str) -> BPETokenizer:
-    """One of tiktoken's own, such as gpt2. Raises UserError where its files cannot be had."""
+    """Return one of tiktoken's encodings, such as gpt2. Raise UserError if its files cannot be downloaded."""
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
@@ -231,7 +231,7 @@ def tiktoken_encoding(name: str) -> BPETokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """A byte-level BPE as GPT-2's, end of text included in vocab_size. Raises UserError where the texts are too few."""
+    """Train a byte-level BPE like GPT-2's; vocab_size counts the end of text. Raise UserError for too little text."""
     try:
         import tokenizers
     except ImportError:
@@ -246,18 +246,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     )
     bpe.train_from_iterator(texts, trainer)
     byte_of = byte_of_printable()
-    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in bpe.get_vocab().items()}
+    ids = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids}
     if len(ranks) < vocab_size - 1:
         raise UserError(f"the train split gives a BPE of at most {len(ranks) + 1} ids, wanted {vocab_size}")
-    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
     return BPETokenizer(f"bpe:{vocab_size}", GPT2_PATTERN, ranks, vocab_size - 1)
 
 
-def as_hf(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The contents of a tokenizer.json that gives the same ids. Raises UserError where there is none.
+# --- Hugging Face's tokenizer.json -------------------------------------------------------------------------------
 
-    One of theirs is as it was. All others but characters become GPT-2's form, a BPE over printable stand-ins of bytes;
-    bytes alone merge nothing.
+
+def as_hf(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the contents of a tokenizer.json that gives the same ids. Raise UserError if there is none.
+
+    Bytes and BPE become GPT-2's form, a BPE over printable characters that stand for bytes; bytes have no merges.
     """
     if isinstance(tokenizer, HFTokenizer):
         return tokenizer.contents
@@ -286,7 +288,10 @@ def as_hf(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The two tokens that each longer token is made of, the first merge first: what its bytes are before the last."""
+    """Yield the two tokens that each longer token is merged from, in the order of the ids.
+
+    tiktoken does not store them: merge the token's bytes by rank until two parts are left.
+    """
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
@@ -298,26 +303,26 @@ def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def read_hf(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder; None where it has no tokenizer.json. Raises UserError for a broken one.
+    """Return the tokenizer of a Hugging Face folder, or None if it has no tokenizer.json.
 
-    Where it is of a form that as_hf writes, or GPT-2's own, it is one of ours, so that ids and specs are the same.
+    If as_hf can write the file, or if it is GPT-2's own, return our own kind, with the same ids and the same spec.
+    Raise UserError if the file cannot be read.
     """
-    path = folder / TOKENIZER_FILE
+    path, config = folder / TOKENIZER_FILE, folder / "config.json"
     if not path.is_file():
         return None
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-        config = folder / "config.json"
-        ends = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") if config.is_file() else None
-        return own_form(contents) or HFTokenizer(contents, ends[0] if isinstance(ends, list) else ends)
+        end = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") if config.is_file() else None
+        return own_form(contents) or HFTokenizer(contents, end[0] if isinstance(end, list) else end)
     except UserError:
         raise
-    except Exception as error:  # the library raises no kind of its own
+    except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path} is no tokenizer.json that can be read ({type(error).__name__}: {error})") from None
 
 
 def own_form(contents: dict[str, Any]) -> Tokenizer | None:
-    """One of our tokenizers that gives the same ids as a tokenizer.json, or None. Raises KeyError where parts lack."""
+    """Return a tokenizer of our own kinds with the same ids as a tokenizer.json, or None. Raise KeyError if cut."""
     model, split = contents["model"], contents["pre_tokenizer"] or {}
     if contents["normalizer"] or model["type"] not in ("WordLevel", "BPE"):
         return None
@@ -341,19 +346,19 @@ def own_form(contents: dict[str, Any]) -> Tokenizer | None:
         return ByteTokenizer() if ranks == {bytes([byte]): byte for byte in range(255)} else None
     made = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     if made != [token for token in ordinary if len(token) > 1] or len(ranks) - len(made) != 256:
-        return None  # merged in another order than that of the ids
+        return None  # the order of merges is not that of the ids, which tiktoken needs
     return BPETokenizer("gpt2" if end == 50256 else f"bpe:{len(ranks) + 1}", GPT2_PATTERN, ranks, end)
 
 
 def byte_of_printable() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte -> the byte: itself where it can be seen, else 256, 257, ..."""
+    """Return the byte of each of GPT-2's printable characters: itself if it is visible, else 256, 257, ..."""
     seen = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     unseen = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
 
 
 def as_utf8(text: str) -> bytes:
-    """JSON can hold half a surrogate pair, which UTF-8 cannot: it becomes the replacement character."""
+    """Return the bytes of a text. JSON can hold half a surrogate pair, which becomes the replacement character."""
     try:
         return text.encode()
     except UnicodeEncodeError:

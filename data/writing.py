@@ -1,8 +1,8 @@
-"""From text to token shards: what every `python -m data.NAME.prepare` does with its text.
+"""Tokenise text and write shards: what every `python -m data.NAME.prepare` does with its text.
 
-Threads tokenise (tiktoken works outside Python's lock, so they use every core and share one memory); one writer puts
-the results into shards in the order of the text. A shard that is full is flushed to the disk, renamed and noted in
-progress.jsonl; a run that was killed goes on after the last of them, and ends with the same bytes.
+Threads tokenise: tiktoken releases Python's lock, so they use every core and share one memory. One writer puts the
+results into shards in the order of the text. When a shard is full, it is flushed to the disk, renamed and noted in
+progress.jsonl. A run that was killed continues after the last of these shards, and ends with the same bytes.
 """
 
 import hashlib
@@ -22,29 +22,20 @@ import tiktoken
 from tqdm import tqdm
 
 from config import UserError
-from data import DATA, corpus_folder, read_meta
+from data import DATA, corpus_folder, read_meta, tokenizers
 from data.shards import HEADER_BYTES, shard_header
-from data.texts import Piece, Task, cut_safely, in_tasks
-from data.tokenizers import (
-    ByteTokenizer,
-    CharTokenizer,
-    HFTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    read_hf,
-    tiktoken_encoding,
-    train_bpe,
-)
+from data.texts import TASK_CHARACTERS, Piece, Task, cut_safely, in_tasks
+from data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 
-BPE_CHARACTERS = 1_000_000_000  # a BPE learns from so much text at most; more would change little
+BPE_CHARACTERS = 1_000_000_000  # a BPE is trained on so much text at most; more would change little
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What every prepare script offers. A script adds its own and changes the defaults."""
+    """The options of every prepare script, which adds its own and changes the defaults."""
 
     name: str
-    """Folder of the result below data/, or a path."""
+    """Folder of the result in data/, or a path."""
     path: str | None = None
     """Local text to use: a file, or a folder of .txt, .jsonl or .parquet, each also as .gz or .xz."""
     tokenizer: str = "gpt2"
@@ -55,7 +46,7 @@ class PrepareOptions:
     shard_tokens: int = 100_000_000
     """A shard is closed when it holds so many."""
     force: bool = False
-    """Throw away what the folder holds already."""
+    """Remove what the folder holds already, and start again."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "shard_tokens"):
@@ -69,44 +60,43 @@ class Source:
     """The text of a corpus."""
 
     pieces: Callable[[], Iterable[Piece]]
-    """All text anew, in the same order each time; the parts of a document follow each other."""
+    """Yield all text from the start, always in the same order; the parts of a document follow each other."""
     identity: dict[str, Any]
-    """What must not have changed when a stopped preparation goes on."""
+    """What must be unchanged when a stopped preparation continues."""
     total_bytes: int | None = None
     """For the progress bar; None = not known."""
 
 
 def prepare(options: PrepareOptions, source: Source, train_tokens: float | None = None) -> None:
-    """Writes the shards and meta.json of a corpus, or says that they are there already.
+    """Write the shards and meta.json of a corpus, or print that they exist already.
 
-
-    train_tokens: stop when the train split has so many; None = at the end of the text.
-    Raises UserError: the folder holds something else, the text or the tokenizer cannot be had, the disk is full.
+    With train_tokens, stop when the train split has so many; without, at the end of the text. Raise UserError if the
+    folder holds something else, if the text or the tokenizer cannot be read, or if the disk is full.
     """
     folder = DATA / options.name
     asked = {"tokenizer": options.tokenizer, "shard_tokens": options.shard_tokens, "train_tokens": train_tokens}
     asked |= source.identity
-    if not options.force and is_prepared(folder, asked):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if not options.force and (meta := prepared_meta(folder, asked)):
         print(f"{options.name} is prepared already:\n{summary(meta)}")
         return
     try:
-        tokenizer, spec, shards = start_or_go_on(folder, asked, options, source)
-        shards = write_shards(folder, shards, tokenizer, source, options, train_tokens)
+        tokenizer, spec, shards = start_or_continue(folder, asked, options, source)
+        write_shards(folder, shards, tokenizer, source, options, train_tokens)
     except KeyboardInterrupt:
-        raise UserError("stopped; the same command goes on after the last whole shard") from None
+        raise UserError("stopped; the same command continues after the last whole shard") from None
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; the same command goes on where it was") from None
-    meta = describe(tokenizer, spec, shards, asked)
+        raise UserError(f"cannot write to {folder}: {error.strerror}; the same command continues") from None
+    about = {"vocab_size": tokenizer.vocab_size, "dtype": dtype_of(tokenizer), "end_of_text": tokenizer.end_of_text}
+    meta = {"format": 1, "tokenizer": spec, **about, "splits": splits_of(shards), "prepared_with": asked}
     write_whole(folder / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False))
     (folder / "progress.jsonl").unlink()
     print(f"{options.name} is prepared:\n{summary(meta)}")
 
 
-def is_prepared(folder: Path, asked: dict[str, Any]) -> bool:
-    """Whether the folder holds what is asked, all of it. Raises UserError where it holds something else."""
+def prepared_meta(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """Return meta.json if the folder holds what is asked for, None if it is not prepared, else raise UserError."""
     if not (folder / "meta.json").is_file():
-        return False
+        return None
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     refuse_difference(folder, meta.get("prepared_with", {}), asked)
     for shard in (shard for split in meta["splits"].values() for shard in split["shards"]):
@@ -114,39 +104,32 @@ def is_prepared(folder: Path, asked: dict[str, Any]) -> bool:
         if not path.is_file() or sha256_of(path) != shard["sha256"]:
             state = "is damaged" if path.is_file() else "is missing"
             raise UserError(f"{path} {state}, wanted sha256 {shard['sha256'][:16]}...; --force prepares all again")
-    return True
+    return meta
 
 
-def refuse_difference(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises UserError where the folder was prepared from another text or with other options."""
-    for name in sorted(there.keys() | asked.keys()):
-        if there.get(name) != asked.get(name):
-            was, now = (f"{value.get(name)}"[:100] for value in (there, asked))
-            raise UserError(
-                f"{folder} was prepared with {name} = {was}, now wanted {now}; "
-                f"choose another --name, or --force to throw it away"
-            )
+def refuse_difference(folder: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise UserError if the folder was prepared from another text or with other options."""
+    for name in sorted(before.keys() | asked.keys()):
+        if before.get(name) != asked.get(name):
+            was, now = (str(value.get(name))[:100] for value in (before, asked))
+            advice = "choose another --name, or --force to remove it"
+            raise UserError(f"{folder} was prepared with {name} = {was}, now wanted {now}; {advice}")
 
 
-def remove_prepared(folder: Path) -> None:
-    """Remove only what prepare() writes."""
-    names = ["*_[0-9][0-9][0-9][0-9][0-9].bin*", "meta*.json*", "meta.json", "progress*.jsonl*"]
-    for file in (file for name in names for file in folder.glob(name)):
-        file.unlink(missing_ok=True)
-
-
-def start_or_go_on(
+def start_or_continue(
     folder: Path, asked: dict[str, Any], options: PrepareOptions, source: Source
 ) -> tuple[Tokenizer, dict[str, Any], list[dict[str, Any]]]:
-    """The tokenizer, its spec and the shards noted in progress.jsonl, which it begins where there is none."""
+    """Return the tokenizer, its spec, and the shards that progress.jsonl notes; start that file if it is not there."""
     progress = folder / "progress.jsonl"
     lines = progress.read_text(encoding="utf-8").splitlines(keepends=True) if progress.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
     if options.force or len(whole) < 2:
-        tokenizer = choose_tokenizer(options.tokenizer, source)  # first: where it fails, --force has removed nothing
+        tokenizer = choose_tokenizer(options.tokenizer, source)  # first: if it fails, --force has removed nothing
         folder.mkdir(parents=True, exist_ok=True)
-        if options.force:
-            remove_prepared(folder)
+        if options.force:  # only what prepare() writes
+            for pattern in ("*_[0-9][0-9][0-9][0-9][0-9].bin*", "meta.json*", "progress.jsonl*"):
+                for file in folder.glob(pattern):
+                    file.unlink()
         spec = tokenizer.save(folder)
         write_whole(progress, json.dumps({"prepared_with": asked, "tokenizer": spec}) + "\n")
         return tokenizer, spec, []
@@ -154,29 +137,27 @@ def start_or_go_on(
     refuse_difference(folder, start["prepared_with"], asked)
     for shard in shards:
         if not (folder / shard["file"]).is_file():
-            raise UserError(
-                f"{folder / shard['file']} is missing, though {progress.name} notes it; --force starts over"
-            )
+            raise UserError(f"{folder / shard['file']} is missing, but {progress.name} notes it; --force starts again")
     write_whole(progress, "".join(whole))
-    print(f"going on after {len(shards)} whole shards in {folder}")
+    print(f"continuing after {len(shards)} whole shards in {folder}")
     return load_tokenizer(folder, start["tokenizer"]), start["tokenizer"], shards
 
 
 def choose_tokenizer(choice: str, source: Source) -> Tokenizer:
-    """What --tokenizer names. Raises UserError where it names nothing."""
+    """Return the tokenizer that --tokenizer names. Raise UserError if there is none of that name."""
     if choice == "byte":
-        return ByteTokenizer()
+        return tokenizers.ByteTokenizer()
     if choice == "char":
-        return CharTokenizer(set().union(*(piece.text for piece in source.pieces())))
+        return tokenizers.CharTokenizer(set().union(*(piece.text for piece in source.pieces())))
     if re.fullmatch(r"bpe:\d+", choice):
         print(f"training a BPE of {choice[4:]} ids on the train split")
-        return train_bpe(bpe_texts(source), int(choice[4:]))
+        return tokenizers.train_bpe(bpe_texts(source), int(choice[4:]))
     if choice in tiktoken.list_encoding_names():
-        return tiktoken_encoding(choice)
-    ours = any(Path(choice).glob("meta*.json")) or any(Path(choice).glob("progress*.jsonl"))
-    if not ours and (tokenizer := read_hf(Path(choice))):
+        return tokenizers.tiktoken_encoding(choice)
+    ours = any((Path(choice) / name).is_file() for name in ("meta.json", "progress.jsonl"))
+    if not ours and (tokenizer := tokenizers.read_hf(Path(choice))):
         if tokenizer.end_of_text is None:
-            print(f"warning: {choice} has no config.json with an eos_token_id: documents will not be set apart")
+            print(f"warning: {choice} has no config.json with an eos_token_id: nothing will separate documents")
         return tokenizer
     try:
         folder = corpus_folder(choice)
@@ -190,12 +171,12 @@ def choose_tokenizer(choice: str, source: Source) -> Tokenizer:
 
 def bpe_texts(source: Source) -> Iterator[str]:
     left = BPE_CHARACTERS
-    for piece in cut_safely(source.pieces()):
-        if piece.split == "train" and left > 0:
+    for piece in cut_safely(source.pieces(), TASK_CHARACTERS):
+        if left <= 0:
+            return
+        if piece.split == "train":
             left -= len(piece.text)
             yield piece.text
-        elif left <= 0:
-            return
 
 
 def write_shards(
@@ -205,19 +186,11 @@ def write_shards(
     source: Source,
     options: PrepareOptions,
     train_tokens: float | None,
-) -> list[dict[str, Any]]:
-    """Tokenises all that the shards do not hold yet and writes more of them -> all, as progress.jsonl notes them."""
+) -> None:
+    """Tokenise what `shards` do not hold yet, write it, and append the new shards to them."""
     writers: dict[str, SplitWriter] = {}
-    done = Counter()  # tasks per split that whole shards hold
-    for shard in shards:
-        done[shard["split"]] += shard["tasks"]
-
-    def writer(split: str) -> SplitWriter:
-        if split not in writers:
-            writers[split] = SplitWriter(folder, split, tokenizer, options.shard_tokens, shards)
-        return writers[split]
-
-    tasks = not_done(in_tasks(source.pieces(), cut=not isinstance(tokenizer, HFTokenizer)), done)
+    tasks = in_tasks(source.pieces(), cut=not isinstance(tokenizer, HFTokenizer))
+    tasks = skip_done(tasks, shards, train_tokens)
     threads = options.threads or os.cpu_count() or 1
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -226,16 +199,32 @@ def write_shards(
         bar.update(sum(shard["bytes"] for shard in shards))
         for result in in_order(pool, lambda task: tokenize(tokenizer, task), tasks, 4 * threads):
             bar.update(result.bytes)
-            writer(result.split).add(result)
-            if train_tokens is not None and writer("train").tokens >= train_tokens:
+            if result.split not in writers:
+                dtype = dtype_of(tokenizer)
+                writers[result.split] = SplitWriter(folder, result.split, dtype, options.shard_tokens, shards)
+            writers[result.split].add(result)
+            if train_tokens is not None and result.split == "train" and writers["train"].tokens >= train_tokens:
                 break
-    for split in writers.values():
-        split.close_shard()
-    return shards
+    for writer in writers.values():
+        writer.close_shard()
+
+
+def skip_done(tasks: Iterable[Task], shards: list[dict[str, Any]], train_tokens: float | None) -> Iterator[Task]:
+    """Yield the tasks that the shards do not hold; after the last task of a full train split, nothing."""
+    left = Counter()
+    for shard in shards:
+        left[shard["split"]] += shard["tasks"]
+    full = train_tokens is not None and tokens_of(shards, "train") >= train_tokens
+    for task in tasks:
+        left[task.split] -= 1
+        if left[task.split] < 0:
+            yield task
+        if full and task.split == "train" and left["train"] == 0:
+            return
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable, tasks: Iterable, ahead: int) -> Iterator:
-    """Results in the order of the tasks. Only `ahead` tasks are in memory; Executor.map would read them all at once."""
+    """Yield results in the order of the tasks, with `ahead` tasks in memory. Executor.map would read all tasks."""
     tasks = iter(tasks)
     pending = deque(pool.submit(work, task) for task in islice(tasks, ahead))
     while pending:
@@ -245,7 +234,7 @@ def in_order(pool: ThreadPoolExecutor, work: Callable, tasks: Iterable, ahead: i
 
 
 class Tokens(NamedTuple):
-    """A task, tokenised."""
+    """A task after tokenising."""
 
     split: str
     ids: np.ndarray
@@ -262,47 +251,33 @@ def tokenize(tokenizer: Tokenizer, task: Task) -> Tokens:
     return Tokens(task.split, np.concatenate(ids), size, sum(piece.ends_document for piece in task.pieces))
 
 
-def not_done(tasks: Iterable[Task], done: Counter) -> Iterator[Task]:
-    """The tasks without the first done[split] of each split."""
-    seen = Counter()
-    for task in tasks:
-        seen[task.split] += 1
-        if seen[task.split] > done[task.split]:
-            yield task
-
-
 class SplitWriter:
-    """The shards of one split. A file named .tmp is not whole; the next run begins it anew."""
+    """Write the shards of one split. A file that ends in .tmp is not whole, and the next run starts it again."""
 
-    def __init__(
-        self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, shards: list[dict[str, Any]]
-    ) -> None:
-        """Goes on after `shards`, the whole shards of all splits, and appends to them."""
-        self.folder, self.split = folder, split
-        self.dtype, self.shard_tokens, self.shards = dtype_of(tokenizer), shard_tokens, shards
-        before = [shard for shard in shards if shard["split"] == split]
-        self.number, self.tokens = len(before), sum(shard["tokens"] for shard in before)
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, shards: list[dict[str, Any]]) -> None:
+        """Continue after `shards`, the whole shards of all splits, and append to them."""
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.shard_tokens, self.shards = shard_tokens, shards
+        self.number = sum(shard["split"] == split for shard in shards)
+        self.tokens = tokens_of(shards, split)
         self.open = None
 
     def add(self, result: Tokens) -> None:
         if self.open is None:
-            file = f"{self.split}_{self.number:05d}.bin"
-            self.shard = {"split": self.split, "file": file, "tokens": 0, "bytes": 0, "documents": 0, "tasks": 0}
-            self.shard["max_token"] = 0
-            self.open = open(self.folder / f"{file}.tmp", "wb")  # noqa: SIM115 (open from one call to the next)
+            counts = dict.fromkeys(("tokens", "bytes", "documents", "tasks", "max_token"), 0)
+            self.shard: dict[str, Any] = {"split": self.split, "file": f"{self.split}_{self.number:05d}.bin", **counts}
+            self.open = open(self.folder / f"{self.shard['file']}.tmp", "wb")  # noqa: SIM115 (stays open)
             self.open.seek(HEADER_BYTES)
         self.open.write(np.ascontiguousarray(result.ids, dtype=np.dtype(self.dtype).newbyteorder("<")).data)
-        self.shard["tokens"] += len(result.ids)
-        self.shard["bytes"] += result.bytes
-        self.shard["documents"] += result.documents
-        self.shard["tasks"] += 1
-        self.shard["max_token"] = max(self.shard["max_token"], int(result.ids.max()))
         self.tokens += len(result.ids)
+        added = dict(tokens=len(result.ids), bytes=result.bytes, documents=result.documents, tasks=1)
+        self.shard |= {name: self.shard[name] + count for name, count in added.items()}
+        self.shard["max_token"] = max(self.shard["max_token"], int(result.ids.max()))
         if self.shard["tokens"] >= self.shard_tokens:
             self.close_shard()
 
     def close_shard(self) -> None:
-        """From .tmp to a whole shard, noted in progress.jsonl: first the bytes, then the name, then the note."""
+        """Make a whole shard of the .tmp file and note it: the bytes first, then the name, then progress.jsonl."""
         if self.open is None:
             return
         self.open.seek(0)
@@ -323,23 +298,12 @@ def dtype_of(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
-def describe(
-    tokenizer: Tokenizer, spec: dict[str, Any], shards: list[dict[str, Any]], asked: dict[str, Any]
-) -> dict[str, Any]:
-    """meta.json"""
-    return {
-        "format": 1,
-        "tokenizer": spec,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype_of(tokenizer),
-        "end_of_text": tokenizer.end_of_text,
-        "splits": splits_of(shards),
-        "prepared_with": asked,
-    }
+def tokens_of(shards: list[dict[str, Any]], split: str) -> int:
+    return sum(shard["tokens"] for shard in shards if shard["split"] == split)
 
 
 def splits_of(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """The totals of each split, and its shards."""
+    """Return the "splits" of meta.json: the totals of each split, and its shards."""
     splits = {}
     for split in sorted({shard["split"] for shard in shards}, key=["train", "val", "test"].index):
         own = [shard for shard in shards if shard["split"] == split]
@@ -364,7 +328,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file has its old contents or the new ones, never a part."""
+    """Replace the file at once: a kill leaves the old contents or the new ones, never a part."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         file.write(text)
         flush_to_disk(file)

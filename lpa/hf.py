@@ -78,7 +78,7 @@ LLAMA = Architecture(
     constants=dict(hidden_act="silu"),
     outside={"transformer.wte": "model.embed_tokens", "transformer.norm": "model.norm", "lm_head": "lm_head"},
     blocks="model.layers",
-    inside={"input_layernorm": ("norm1",), "post_attention_layernorm": ("norm2",)}
+    inside=dict[str, tuple[str, ...]](input_layernorm=("norm1",), post_attention_layernorm=("norm2",))
     | {f"self_attn.{name}_proj": (f"attn.{name}",) for name in "qkvo"}
     | {f"mlp.{name}_proj": (f"mlp.{name}",) for name in ("gate", "up", "down")},
 )
@@ -236,7 +236,8 @@ def tensors(known: Architecture, model: GPT, vocab_size: int) -> dict[str, Tenso
     for theirs, ours in modules(known, model.config):
         layers = [model.get_submodule(name) for name in ours]
         weight = torch.cat([merged(layer) for layer in layers])
-        biases = [p for layer in layers for name, p in layer.named_parameters(recurse=False) if name == "bias"]
+        named_here = [pair for layer in layers for pair in layer.named_parameters(recurse=False)]
+        biases: list[Tensor] = [p for name, p in named_here if name == "bias"]
         if biases:
             named[f"{theirs}.bias"] = torch.cat(biases)
         elif known is GPT2 and ours[0] not in ("transformer.wte", "transformer.wpe", "lm_head"):

@@ -97,7 +97,7 @@ def test_timed_modes_report_both_variants(mode: str, capsys: pytest.CaptureFixtu
         assert 0 < variant["ms_min"] <= variant["ms_median"] <= variant["ms_max"]
         tokens = 2 * (8 if mode == "decode" else 64)
         assert variant["tokens_per_second"] == pytest.approx(1000 * tokens / variant["ms_median"])
-        assert 0 < variant["mfu"] < 1.5
+        assert 0 < variant["mfu"] <= 1
         assert variant["roofline_share"] == pytest.approx(variant["roofline_ms"] / variant["ms_median"])
         flops = variant["mfu"] * variant["ms_median"]  # over the same rate as the roofline's FLOPs
         assert variant["roofline_ms"] >= flops * (1 - 1e-9)
@@ -167,7 +167,7 @@ def test_a_model_against_itself_without_recomputing(capsys: pytest.CaptureFixtur
 
 
 def test_weights_of_decoding_are_in_dtype_and_rotations_are_not() -> None:
-    model = bench.served(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=96)), "bfloat16")
+    model = bench.to_inference(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=96)), "bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.rope.dtype == torch.float32
 

@@ -57,7 +57,7 @@ def test_a_grid_has_mean_and_spread_and_is_not_run_again(
     assert before == {log: log.stat().st_mtime_ns for log in (tmp_path / "runs").glob("*/log.jsonl")}
 
 
-def test_the_grid_goes_one_further_at_its_edge(corpus: Path, tmp_path: Path) -> None:
+def test_the_grid_goes_next_value_at_its_edge(corpus: Path, tmp_path: Path) -> None:
     sweep.main(arguments(corpus, tmp_path, "--grid", "learning_rate=1e-5,1e-4"))
     tried = sorted(float(row["arm"].removeprefix("learning_rate=")) for row in rows(tmp_path))
     assert tried == pytest.approx([10.0**e for e in range(-5, -5 + len(tried))])
@@ -76,8 +76,8 @@ def test_the_grid_goes_one_further_at_its_edge(corpus: Path, tmp_path: Path) -> 
         (["4"], "4", None),
     ],
 )
-def test_one_further(values: list[str], best: str, further: str | None) -> None:
-    assert sweep.one_further(values, best) == further
+def test_next_value(values: list[str], best: str, further: str | None) -> None:
+    assert sweep.next_value(values, best) == further
 
 
 def test_a_failed_run_is_named_and_the_others_continue(

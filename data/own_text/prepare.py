@@ -1,11 +1,11 @@
-"""Your own text as a corpus: a file or a folder of .txt, .jsonl or .parquet, each also as .gz or .xz.
+"""Prepare your own text: a file or a folder of .txt, .jsonl or .parquet, each also as .gz or .xz.
 
     python -m data.own_text.prepare --path=my_books --name=books
     python -m data.own_text.prepare --path=my.jsonl --column=content --tokenizer=bpe:8000 --name=mine
 
-A .txt file is one document, a row of the other kinds is one too. Where there are files named train* and val* (valid*,
-dev*), the names decide, test* is a third split, and other files join train. Otherwise val is a share of the documents,
-chosen by a hash of their text or, for .txt, of their name; fewer than ten .txt files are each cut by position instead.
+A .txt file is one document; of the other kinds, each row is one. If there are files named train* and val* (or valid*,
+dev*), their names decide: test* is a third split, and all others are train. Otherwise val is a share of the documents,
+chosen by a hash of the text, or for .txt of the file name; fewer than ten .txt files are each cut by position instead.
 """
 
 import sys
@@ -23,11 +23,10 @@ FEW_TEXTS = 10
 @dataclass(frozen=True)
 class Options(PrepareOptions):
     name: str = "own_text"
-    """Folder of the result below data/, or a path."""
     column: str = "text"
     """The field of a .jsonl or .parquet row that holds its text."""
     val_share: float = 0.1
-    """How much is held out for validation where file names do not say it."""
+    """The share of the documents that is val, if file names do not say it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +45,7 @@ def main(options: Options) -> None:
 
 
 def with_both_splits(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The pieces. Raises UserError at their end where nothing was there to train on or to validate with."""
+    """Yield the pieces. Raise UserError at their end if none was train, or none was val."""
     missing = {"train", "val"}
     for piece in pieces:
         missing.discard(piece.split)

@@ -1,9 +1,9 @@
-"""The embedded corpus: the sources of the Python standard library that runs this, about 11 MB, no network, seconds.
+"""Prepare the embedded corpus: the source code of Python's standard library, 11 MB, in seconds and without a network.
 
     python -m data.pystdlib.prepare
 
-Bytes are the tokens. About 5 % of the text is held out, in whole files chosen by a hash of their path, so that another
-version of Python splits the files they share in the same way; encodings/ is all train, being tables of numbers.
+Bytes are the tokens. About 5 % of the text is val: whole files, chosen by a hash of their path, so that another version
+of Python splits the files that both have in the same way. The tables of numbers in encodings/ are all train.
 """
 
 import sys
@@ -14,41 +14,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import parse, user_errors
+from data import writing
 from data.texts import Piece, share_of
-from data.writing import PrepareOptions, Source
-from data.writing import prepare as write_corpus
 
 VAL_SHARE = 0.07  # of the files outside encodings/
-LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 @dataclass(frozen=True)
-class Options(PrepareOptions):
+class Options(writing.PrepareOptions):
     name: str = "pystdlib"
-    """Folder of the result below data/, or a path."""
     path: str | None = None
-    """Another folder of Python sources; None = the standard library of this Python."""
+    """Another folder of Python source code; None = the standard library of this Python."""
     tokenizer: str = "byte"
-    """As for data.own_text.prepare."""
 
 
 def prepare(options: Options | None = None) -> None:
-    """Writes the corpus; train.py calls it where pystdlib is wanted and missing."""
+    """Write the corpus. train.py calls this if pystdlib is asked for and missing."""
     options = options or Options()
     root = Path(options.path or sysconfig.get_path("stdlib"))
-    files = sources(root)
+    files = [file for file in sorted(root.rglob("*.py")) if not is_skipped(file.relative_to(root))]
     identity = {"files": len(files), "file_bytes": sum(file.stat().st_size for file in files)}
-    write_corpus(options, Source(lambda: pieces(root, files), identity, identity["file_bytes"]))
+    writing.prepare(options, writing.Source(lambda: pieces(root, files), identity, identity["file_bytes"]))
 
 
-def sources(root: Path) -> list[Path]:
-    """*.py in the order of their paths, without tests and without what was configured for this machine."""
-    return [file for file in sorted(root.rglob("*.py")) if not left_out(file.relative_to(root))]
-
-
-def left_out(path: Path) -> bool:
+def is_skipped(path: Path) -> bool:
+    """Say whether a file holds tests, or the configuration of this machine."""
     configured = path.name.startswith("_sysconfigdata") or any(part.startswith("config-") for part in path.parts)
-    return configured or not LEFT_OUT.isdisjoint(path.parts)
+    return configured or not SKIPPED.isdisjoint(path.parts)
 
 
 def pieces(root: Path, files: list[Path]) -> Iterator[Piece]:
@@ -59,9 +52,9 @@ def pieces(root: Path, files: list[Path]) -> Iterator[Piece]:
                 text = source.read()
         except (SyntaxError, UnicodeDecodeError):
             continue
-        held_out = share_of(path) < VAL_SHARE and not path.startswith("encodings/")
+        is_val = share_of(path) < VAL_SHARE and not path.startswith("encodings/")
         if text:
-            yield Piece("val" if held_out else "train", text)
+            yield Piece("val" if is_val else "train", text)
 
 
 if __name__ == "__main__":

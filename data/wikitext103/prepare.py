@@ -1,9 +1,9 @@
-"""WikiText-103: 28,000 long Wikipedia articles, about 103 million words, one article a document.
+"""Prepare WikiText-103: 28,000 long Wikipedia articles, about 103 million words, one document per article.
 
     python -m data.wikitext103.prepare                             from the Hugging Face hub: pip install datasets
     python -m data.wikitext103.prepare --path=wikitext-103-raw     a folder with {train,valid,test}.txt or wiki.*.tokens
 
-The tokenizer is a BPE of 32,000 ids trained on the train split. The same script prepares a local WikiText-2:
+The tokenizer is a BPE of 32,000 ids, trained on the train split. The same script prepares a local WikiText-2:
     python -m data.wikitext103.prepare --path=wikitext-2-raw --name=wikitext2 --tokenizer=gpt2
 """
 
@@ -12,10 +12,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from config import UserError, parse, user_errors
-from data.texts import Piece, find_files, identity_of, read_file, split_of_name
+from data.texts import Piece, find_files, hub_rows, identity_of, read_file, split_of_name
 from data.writing import PrepareOptions, Source, prepare
 
 HUB = ("Salesforce/wikitext", "wikitext-103-raw-v1")
@@ -25,11 +24,9 @@ TITLE = re.compile(r" = [^=\n]+ = \n?")  # " = = Section = = " is not one
 @dataclass(frozen=True)
 class Options(PrepareOptions):
     name: str = "wikitext103"
-    """Folder of the result below data/, or a path."""
     path: str | None = None
     """A folder with the three files; None = download them."""
     tokenizer: str = "bpe:32000"
-    """As for data.own_text.prepare."""
 
 
 def main(options: Options) -> None:
@@ -45,7 +42,7 @@ def main(options: Options) -> None:
 
 
 def articles(lines: Iterable[tuple[str, str]]) -> Iterator[Piece]:
-    """(split, line) -> one document per article, with its title. Nothing is left out."""
+    """Yield a document for each article of (split, line), with its title. No line is skipped."""
     current, article = "", []
     for split, line in lines:
         if article and (split != current or TITLE.fullmatch(line)):
@@ -68,16 +65,8 @@ def file_lines(files: dict[str, Path]) -> Iterator[tuple[str, str]]:
 
 
 def hub_lines() -> Iterator[tuple[str, str]]:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("downloading WikiText-103 needs: pip install datasets; or give local files: --path") from None
-    try:
-        parts: Any = datasets.load_dataset(*HUB)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download {HUB[0]} ({type(error).__name__}); give local files with --path") from None
     for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
-        yield from ((split, row["text"]) for row in parts[name])
+        yield from ((split, row["text"]) for row in hub_rows(*HUB, name))
 
 
 if __name__ == "__main__":

@@ -197,12 +197,12 @@ def cells(o: Options, row: Arm, runs: list[sweep.Run]) -> str:
     by_rank = [f"{' '.join(n for n in ranks if ranks[n] == rank)}: {rank}" for rank in dict.fromkeys(ranks.values())]
     edge = "*" if len(tried) > 1 and rate in (tried[0], tried[-1]) else ""
     perplexities = [math.exp(min(sweep.result(run)["val_loss"], 700)) for run in runs]
-    mean |= dict(perplexity=statistics.fmean(perplexities), perplexity_std=sweep.deviation(perplexities))
+    mean |= dict(perplexity=statistics.fmean(perplexities), perplexity_std=sweep.std(perplexities))
     mean |= dict(minutes=mean["seconds"] / 60, minutes_std=mean["seconds_std"] / 60)
     shown = [row.setting, row.model, "; ".join(by_rank) or "-", f"{rate:g}{edge}"]
     shown += [f"{params / 1e6:.4g}", f"{inside / 1e6:.4g}"]
     for key, digits in dict(train_loss=4, val_loss=4, perplexity=2, bits_per_byte=4, minutes=1).items():
-        shown.append(sweep.mean_and_spread(mean, key, digits))
+        shown.append(sweep.mean_and_std(mean, key, digits))
     return f"| {' | '.join([*shown, row.paper])} |"
 
 

@@ -83,7 +83,7 @@ def measure(model: GPT, T: int, o: Options, device: torch.device) -> list[float]
     seconds = hardware.fastest(step, device, o.seconds)
     with LiveStorages() as storages:
         loss = model(idx, idx)
-    kept = storages.bytes()
+    kept = storages.now
     del loss
     if isinstance(model, RecurrentGPT):
         text: Any = model.new_state(1)
