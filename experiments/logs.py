@@ -1,4 +1,4 @@
-"""Read the logs of runs: the points of a curve, the costs, and the options in which runs differ."""
+"""What the logs of runs tell: their points, what they cost, and what sets one run apart from another."""
 
 import json
 import math
@@ -12,32 +12,32 @@ import numpy as np
 
 from config import UserError
 
-# Options that change neither what is learned nor what it costs. No run is named by them.
+# Options that change neither what is learned nor what it costs, so that no run is named by them.
 SILENT = {"out_dir", "resume", "wandb", "stop_step", "log_interval", "save_interval", "eval_interval"}
 
 
 class NothingYet(UserError):
-    """A log is missing or has no points, which may still come: plot.py --watch waits for them."""
+    """A log that is not there or has no points, which may come: --watch waits for it."""
 
 
 @dataclass
 class Run:
-    """What a log holds. Steps, evaluations and samples are its records, in order."""
+    """What a log tells. `steps` and `evaluations` are its records, each with step, tokens and seconds."""
 
     path: Path
-    start: dict[str, Any]
-    """The record of the last start: versions, device, options, the table of parameters."""
     options: dict[str, Any]
     """Flat: 'gpt.n_layer', 'gpt.lowdim.q', ..., and the device."""
+    flops_per_token: int
+    """Of a training step, which takes three times the forward pass."""
     parameters: int
     parameters_in_blocks: int
     """Without embeddings and head."""
-    flops_per_token: int
-    """Of training, which costs three times the forward pass."""
-    steps: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    """Each with the tokens and seconds of training before it."""
+    steps: list[dict[str, float]]
+    evaluations: list[dict[str, float]]
+    start: dict[str, Any]
+    """The record of its last start: versions, device, ranks, the parameter table in lines."""
     samples: list[dict[str, Any]]
+    """Text that the model wrote at evaluations: each with step and sample."""
 
     @property
     def finished(self) -> bool:
@@ -45,7 +45,7 @@ class Run:
         return bool(self.evaluations) and self.evaluations[-1]["step"] >= last
 
     def points(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the curve, (N,) each. Raise NothingYet where the log has no such point."""
+        """The curve, (N,) each. Raises NothingYet where the log has no such point."""
         records = self.steps if y == "loss" else self.evaluations
         if not records:
             what = "logged step" if y == "loss" else "evaluation"
@@ -56,9 +56,9 @@ class Run:
         return xs * (self.flops_per_token if x == "flops" else 1), np.exp(ys) if y == "perplexity" else ys
 
     def bits_per_nat(self) -> float | None:
-        """Return the bits per byte of one nat per token: equal in runs whose tokens hold equally much text."""
-        ratios = [e["val_bits_per_byte"] / e["val_loss"] for e in self.evaluations if e["val_loss"]]
-        return ratios[-1] if ratios else None
+        """Bits per byte of a loss of one nat per token: the same where a token is the same amount of text."""
+        losses = [(e["val_bits_per_byte"], e["val_loss"]) for e in self.evaluations if e["val_loss"]]
+        return losses[-1][0] / losses[-1][1] if losses else None
 
 
 def log_of(path: Path) -> Path:
@@ -66,42 +66,51 @@ def log_of(path: Path) -> Path:
 
 
 def read_run(path: Path) -> Run:
-    """Read the log of a run folder, or a log.jsonl of any name. Raise UserError where it is none of train.py's."""
-    log, records = log_of(path), []
+    """The log of a run, which may be in the middle of its last line. Raises UserError where it is not one of ours."""
+    log = log_of(path)
     try:
-        lines = log.read_text(encoding="utf-8").splitlines()
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
         raise NothingYet(f"no {log}: wanted a run folder that train.py has written") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {log}: {error}") from None
+    if lines and not lines[-1].endswith("\n"):
+        lines = lines[:-1]
+    if not lines:
+        raise NothingYet(f"{log} is empty")
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            records.append(record | {"step": record["step"]})
+            records.append(json.loads(line))
+            records[-1]["step"]
         except (ValueError, TypeError, KeyError):
-            if number < len(lines):  # the last line may be half written
+            if number < len(lines):
                 raise UserError(f"{log}, line {number}, is not a record of a run: {line.strip()[:60]!r}") from None
-    if not records:
-        raise NothingYet(f"{log} is empty")
+            records = records[: number - 1]
+    return as_run(log, records)
+
+
+def as_run(log: Path, records: list[dict[str, Any]]) -> Run:
     starts = [record for record in records if "options" in record]
     if not starts:
         raise UserError(f"{log} does not begin with the options of a run")
-    start = starts[-1]  # a resumed run has several
-    pattern = r"([\d,]+) parameters, ([\d,]+) of them in the blocks, ([\d,]+) FLOPs (?:per|a) token forward"
-    counts = re.search(pattern, start["parameters"][0])
+    start = starts[-1]  # the last one, where a run was resumed
+    title = "".join(start["parameters"][:1])
+    counts = re.search(r"([\d,]+) parameters, ([\d,]+) of them in the blocks, ([\d,]+) FLOPs per token forward", title)
     if not counts:
-        raise UserError(f"{log} has no line with parameters and FLOPs, as lpa/counts.py writes it")
+        raise UserError(f"{log} does not tell the parameters and FLOPs of its model as lpa.counts.table does")
     parameters, in_blocks, flops = (int(count.replace(",", "")) for count in counts.groups())
-    steps = [record for record in records if record.get("loss") is not None]  # null: not finite
+    # What was not finite is null in the log.
+    steps = [record for record in records if record.get("loss") is not None]
     place = {0: dict(tokens=0, seconds=0.0)} | {record["step"]: record for record in steps}
     evaluations = [
         record | {name: place[record["step"]][name] for name in ("tokens", "seconds")}
         for record in records
         if record.get("val_loss") is not None and record["step"] in place
     ]
+    flat = flatten(start["options"]) | dict(device=start["device"])
     samples = [record for record in records if isinstance(record.get("sample"), str)]
-    options = flatten(start["options"]) | dict(device=start["device"])
-    return Run(log, start, options, parameters, in_blocks, 3 * flops, steps, evaluations, samples)
+    return Run(log, flat, 3 * flops, parameters, in_blocks, steps, evaluations, start, samples)
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -112,41 +121,45 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def require_common_axis(runs: list[Run], y: str) -> None:
-    """Raise UserError where a nat per token means different things in the runs."""
-    for run in runs[1:] if y != "bits_per_byte" else []:
-        bits = [r.bits_per_nat() for r in (runs[0], run)]
-        sizes = [r.options["gpt.vocab_size"] for r in (runs[0], run)]
-        if sizes[0] != sizes[1] or (None not in bits and not math.isclose(*bits, rel_tol=1e-6)):
-            advice = "their losses per token cannot be compared; use --y=bits_per_byte"
-            raise UserError(f"{runs[0].path} and {run.path} have other tokens or another text: {advice}")
-
-
-# --- Names -------------------------------------------------------------------------------------------------------
+    """Raises UserError where a nat per token is not the same in all runs."""
+    if y == "bits_per_byte":
+        return
+    advice = "their nats per token cannot be compared; use --y=bits_per_byte"
+    first = runs[0]
+    for run in runs[1:]:
+        a, b = first.bits_per_nat(), run.bits_per_nat()
+        if a is not None and b is not None and not math.isclose(a, b, rel_tol=1e-6):
+            a, b = a * math.log(2), b * math.log(2)
+            seen = f"{first.path} has {a:.3g} tokens a byte, {run.path} {b:.3g}"
+            raise UserError(f"{seen}: {advice}")
+        sizes = [r.options["gpt.vocab_size"] for r in (first, run)]
+        if sizes[0] != sizes[1]:
+            raise UserError(f"{first.path} has {sizes[0]} kinds of token, {run.path} {sizes[1]}: {advice}")
 
 
 def name_runs(options: list[dict[str, Any]], silent: set[str]) -> list[str]:
-    """Return the options in which each run differs from the others: 'dense, seed=2', 'LPA r=48'.
+    """Flat options of runs -> for each what sets it apart: 'dense, seed=2', 'LPA r=48'.
 
-    A value that more than half of the runs share is left out of their names; ranks are always named.
+    Where more than half of the runs share a value, only the others say theirs; ranks are always said.
     """
+    names = {name: None for flat in options for name in flat if name not in silent}  # a set that keeps its order
+    usual = {name: Counter(str(flat.get(name)) for flat in options).most_common(1)[0] for name in names}
+    differing = [name for name in names if usual[name][1] < len(options)]
     parts: list[list[str]] = [[] for _ in options]
-    by_rank = False
-    for name in dict.fromkeys(name for flat in options for name in flat if name not in silent):
-        values = [flat.get(name) for flat in options]
-        usual, count = Counter(map(str, values)).most_common(1)[0]
-        if "lowdim" in name:
-            by_rank |= count < len(values)
-            continue
-        for value, part in zip(values, parts):
-            if count < len(values) and (str(value) != usual or count <= len(values) / 2):
+    if any("lowdim" in name for name in differing):
+        parts = [[describe_ranks(flat)] for flat in options]
+    for name in differing:
+        for flat, said in zip(options, parts):
+            value = flat.get(name)
+            if "lowdim" not in name and (str(value) != usual[name][0] or usual[name][1] <= len(options) / 2):
                 shown = f"{value:g}" if isinstance(value, float) else value
-                part.append(f"{name.rpartition('.')[2]}={shown}")
-    return [", ".join([describe_ranks(flat)] * by_rank + part) for flat, part in zip(options, parts)]
+                said.append(f"{name.rpartition('.')[2]}={shown}")
+    return [", ".join(said) for said in parts]
 
 
-def ranks(flat: dict[str, Any]) -> dict[Any, list[str]]:
-    """Return the projections of each rank; dense ones are left out."""
-    found: dict[Any, list[str]] = {}
+def ranks(flat: dict[str, Any]) -> dict[int, list[str]]:
+    """Rank -> the sublayers that have it, dense ones left out."""
+    found: dict[int, list[str]] = {}
     for name in ("q", "k", "v", "o", "gate", "up", "down"):
         if rank := flat.get(f"gpt.lowdim.{name}"):
             found.setdefault(rank, []).append(name)
@@ -154,8 +167,9 @@ def ranks(flat: dict[str, Any]) -> dict[Any, list[str]]:
 
 
 def describe_ranks(flat: dict[str, Any]) -> str:
-    return ", ".join(f"{describe(names)} r={rank}" for rank, names in ranks(flat).items()) or "dense"
+    return ", ".join(f"{describe(sublayers)} r={rank}" for rank, sublayers in ranks(flat).items()) or "dense"
 
 
-def describe(projections: list[str]) -> str:
-    return "LPA" if projections == ["q", "k", "v", "o"] else f"low {','.join(projections)}"
+def describe(sublayers: list[str]) -> str:
+    """The sublayers that are low-rank, as a name: the paper's, where they are its four."""
+    return "LPA" if sublayers == ["q", "k", "v", "o"] else f"low {','.join(sublayers)}"

@@ -1,8 +1,9 @@
-"""Write one HTML page about any runs: figures, what differs, curves and samples. The page needs no network.
+"""Write one HTML page about any runs: what differs, curves, samples and final figures. Nothing in it is fetched.
 
     python -m experiments.report out/dense_cpu out/lpa_cpu --out=results/report.html
 """
 
+import dataclasses
 import datetime
 import html
 import io
@@ -21,6 +22,7 @@ from experiments import plot
 from experiments.logs import SILENT, Run, name_runs, read_run, require_common_axis
 from lpa import checkpoint
 
+POINTS = 500  # of a curve in a picture
 SAMPLES = 4  # of a run, from the first to the last
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -52,13 +54,11 @@ class Options:
 
 def main(o: Options) -> None:
     runs = [read_run(path) for path in dict.fromkeys(o.runs)]
-    names = name_runs([run.options for run in runs], SILENT)
-    if len(set(names)) < len(names) or max(map(len, names)) > 40:
-        names = [str(run.path.parent) for run in runs]
+    names = label_runs(runs)
     sections = {
-        "Runs": table(names, [figures(run) for run in runs]),
+        "Runs": table(names, [overview(run) for run in runs]),
         "What differs": table(names, differences(runs)),
-        "Curves": curves(runs),
+        "Curves": curves(runs, names),
         "Samples": samples(runs, names),
         "Machines": table(names, [run.start["versions"] | {"device": run.start["device"]} for run in runs]),
     }
@@ -73,7 +73,14 @@ def main(o: Options) -> None:
     print(f"wrote {o.out}, {len(text.encode()) / 1e6:.2f} MB")
 
 
-def figures(run: Run) -> dict[str, Any]:
+def label_runs(runs: list[Run]) -> list[str]:
+    """Return what sets each run apart, where that is short; else its folder. No two are the same."""
+    names = name_runs([run.options for run in runs], SILENT)
+    short = len(set(names)) == len(names) and all(0 < len(name) <= 40 for name in names)
+    return names if short else [str(run.path.parent) for run in runs]
+
+
+def overview(run: Run) -> dict[str, Any]:
     step = run.steps[-1] if run.steps else dict(step=0, tokens=0, seconds=0.0)
     last = run.evaluations[-1] if run.evaluations else {}
     speeds = [s["tokens_per_second"] for s in run.steps if s.get("tokens_per_second")]
@@ -88,33 +95,43 @@ def figures(run: Run) -> dict[str, Any]:
         "tokens per second, median": round(np.median(speeds)) if speeds else None,
         "last validation loss (nats per token)": last.get("val_loss"),
         "lowest validation loss": min((e["val_loss"] for e in run.evaluations), default=None),
-        "last bits per byte": last.get("val_bits_per_byte"),
+        "bits per byte": last.get("val_bits_per_byte"),
     }
 
 
 def differences(runs: list[Run]) -> list[dict[str, Any]]:
     """Return for each run the options that are not the same in all of them."""
-    names = dict.fromkeys(name for run in runs for name in run.options if name != "out_dir")
+    names = {name: None for run in runs for name in run.options if name != "out_dir"}  # a set that keeps its order
     differing = [name for name in names if len({repr(run.options.get(name)) for run in runs}) > 1]
     return [{name: run.options.get(name) for name in differing} for run in runs]
 
 
-def curves(runs: list[Run]) -> str:
-    """Return the pictures of all runs that have enough points, as SVG inside the page."""
+def curves(runs: list[Run], names: list[str]) -> str:
     try:
         require_common_axis(runs, "loss")
-        pictures = dict(loss=[run for run in runs if len(run.steps) > 1])
-        pictures |= dict(val_loss=[run for run in runs if len(run.evaluations) > 1])
-    except UserError:  # the tokens of the runs differ
-        pictures = dict(bits_per_byte=[run for run in runs if len(run.evaluations) > 1])
-    return "\n".join(draw(y, drawn) for y, drawn in pictures.items() if drawn)
+        shown = ["loss", "val_loss"]
+    except UserError:  # the runs read other tokens
+        shown = ["bits_per_byte"]
+    parts = []
+    for y in shown:
+        records = [run.steps if y == "loss" else run.evaluations for run in runs]
+        having = [i for i, record in enumerate(records) if len(record) > 1]
+        if having:
+            parts.append(draw(y, [runs[i] for i in having], [names[i] for i in having]))
+    return "\n".join(parts)
 
 
-def draw(y: str, runs: list[Run]) -> str:
-    """Return the curves of y as SVG, its ids made different from those of the other picture."""
+def draw(y: str, runs: list[Run], names: list[str]) -> str:
+    """Return the curves as an SVG; `y` keeps its ids apart from those of other pictures on the page."""
     o = plot.Options(runs=tuple(run.path for run in runs), y=y, each_seed=True)
+    found, width = plot.make_curves(o, runs)
+    drawn = []
+    for name, curve in zip(names, found):
+        kept = np.linspace(0, len(curve.x) - 1, min(len(curve.x), POINTS)).round().astype(int)
+        values = {f.name: getattr(curve, f.name)[kept] for f in dataclasses.fields(curve) if f.name != "name"}
+        drawn.append(dataclasses.replace(curve, name=name, **values))
     figure, axes = plot.new_figure(5.4, 3.0 + 0.2 * len(runs))
-    plot.draw_curves(o, *plot.make_curves(o, runs), axes[0, 0])
+    plot.draw_curves(o, drawn, width, axes[0, 0])
     plot.add_legend(figure, axes[0, 0])
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None})
@@ -135,7 +152,7 @@ def samples(runs: list[Run], names: list[str]) -> str:
 
 def table(columns: list[str], runs: list[dict[str, Any]]) -> str:
     """Return a table with a column for each run; '' where there is nothing to show."""
-    rows = {name: [run.get(name) for run in runs] for name in dict.fromkeys(name for run in runs for name in run)}
+    rows = {name: [run.get(name) for run in runs] for name in {name: None for run in runs for name in run}}
     head = "".join(f"<th>{html.escape(column)}</th>" for column in ("", *columns))
     lines = [f"<th>{html.escape(name)}</th>{''.join(map(cell, values))}" for name, values in rows.items()]
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)

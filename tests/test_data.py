@@ -80,7 +80,7 @@ def test_tokens_above_65535_survive(tmp_path):
     (header(0, 0, 0) + b"\0" * 20, "starts with 0 0, wanted"),
     (header(20240801, 7, 10) + b"\0" * 20, "for a shard of uint16"),
     (header(20240520, 2, 10) + b"\0" * 20, "starts with 20240520 2, wanted"),
-    (header(20240520, 1, 9) + b"\0" * 20, "holds 9 tokens, wanted 10"),
+    (header(20240520, 1, 9) + b"\0" * 20, "a header for 9 tokens, wanted 10"),
     (None, "is missing, wanted a shard of 10 tokens"),
 ])  # fmt: skip
 def test_a_bad_shard_is_named_in_one_line(tmp_path, contents, message):

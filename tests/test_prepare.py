@@ -74,19 +74,16 @@ def patterns():
 @given(st.lists(st.sampled_from([*"aB1!/_'s  \n\n\r\t.,é\u0301\u2028\x1c\xa0", "'ll", "word", " ", "\n"]), max_size=80))
 def test_a_safe_cut_leaves_the_words_as_they_are(patterns, characters):
     text = "".join(characters)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.texts, "TASK_CHARACTERS", 8)
-        parts = [piece.text for piece in cut_safely([Piece("train", text[:30], False), Piece("train", text[30:])])]
+    parts = [piece.text for piece in cut_safely([Piece("train", text[:30], False), Piece("train", text[30:])], 8)]
     assert "".join(parts) == text
     for pattern in patterns:
         assert [word for part in parts for word in pattern.findall(part)] == pattern.findall(text)
 
 
 def test_a_word_without_end_is_cut_at_last(monkeypatch):
-    monkeypatch.setattr(data.texts, "TASK_CHARACTERS", 10)
     monkeypatch.setattr(data.texts, "LONGEST_WORD", 100)
     pieces = [Piece("train", "x" * 25, i == 9) for i in range(10)]
-    assert [len(piece.text) for piece in cut_safely(pieces)] == [100, 100, 50]
+    assert [len(piece.text) for piece in cut_safely(pieces, 10)] == [100, 100, 50]
 
 
 @needs_shared
@@ -227,7 +224,7 @@ def test_named_files_of_every_kind_go_to_their_splits(tmp_path, capsys):
     assert text_of(tmp_path / "corpus", "test") == f"five{end}"
     train = read_meta(tmp_path / "corpus")["splits"]["train"]
     assert (train["bytes"], train["documents"], train["max_token"]) == (3 + 21 + 3, 3, 255)
-    assert "left out, being neither .txt nor .jsonl nor .parquet: manifest.tsv" in capsys.readouterr().out
+    assert "skipped, since not .txt, .jsonl or .parquet: manifest.tsv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, split", [

@@ -43,7 +43,7 @@ def test_a_grid_has_mean_and_spread_and_is_not_run_again(
     command = arguments(corpus, tmp_path, "--grid", "learning_rate=1e-4,1e-3", "--seeds=2", "--extend=false")
     sweep.main(command)
     printed = capsys.readouterr().out
-    assert "learning_rate = 1e-3 is the best and lies at the edge of its grid; 0.01 would come next" in printed
+    assert "learning_rate = 1e-3 is the best and lies at the edge of its grid; the next value is 0.01" in printed
     assert "plot: python -m experiments.plot" in printed
     found = {row["arm"]: row for row in rows(tmp_path)}
     for arm in ("learning_rate=1e-4", "learning_rate=1e-3"):
