@@ -95,12 +95,19 @@ def make_run(name: str, arguments: list[str], out_dir: Path, processes: int = 1)
 
 
 def result(run: Run, target: float | None = None) -> dict[str, float] | None:
-    """Return the losses and the seconds of a finished run. Return None for a run that has to be trained."""
+    """Return the losses and the seconds of a finished run. Return None for a run that has to be trained.
+
+    A run that reached its end, but with a loss that is not finite, has infinite losses and is not trained again.
+    """
     if not (run.folder / "log.jsonl").exists():
         return None
     log = read_run(run.folder)
     if not log.finished:
-        return None
+        end = min(run.config.max_steps, run.config.stop_step or math.inf)
+        if not log.steps or log.steps[-1]["step"] < end or not (run.folder / "ckpt").exists():
+            return None
+        losses = ["val_loss", "bits_per_byte", "train_loss"] + (["seconds_to_target"] if target is not None else [])
+        return dict.fromkeys(losses, math.inf) | dict(seconds=log.steps[-1]["seconds"])
     last = log.evaluations[-1]
     late = [step["loss"] for step in log.steps if step["step"] > 0.95 * last["step"]]
     found = dict(val_loss=last["val_loss"], bits_per_byte=last["val_bits_per_byte"])

@@ -257,6 +257,7 @@ def test_hidden_is_what_the_head_reads() -> None:
     for options in ({}, dict(norm_order="post")):
         model, idx = randomised(**options), torch.randint(256, (3, 20))
         torch.testing.assert_close(model.lm_head(model.hidden(idx)), model(idx))
+        torch.testing.assert_close(model(idx, last=True), model(idx)[:, -1:])
 
 
 def test_the_longer_of_two_texts_is_cut() -> None:

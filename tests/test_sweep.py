@@ -5,6 +5,7 @@
 
 import csv
 import json
+import re
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_a_grid_has_mean_and_spread_and_is_not_run_again(
     assert before == {log: log.stat().st_mtime_ns for log in (tmp_path / "runs").glob("*/log.jsonl")}
 
 
-def test_the_grid_goes_next_value_at_its_edge(corpus: Path, tmp_path: Path) -> None:
+def test_the_grid_grows_at_its_edge(corpus: Path, tmp_path: Path) -> None:
     sweep.main(arguments(corpus, tmp_path, "--grid", "learning_rate=1e-5,1e-4"))
     tried = sorted(float(row["arm"].removeprefix("learning_rate=")) for row in rows(tmp_path))
     assert tried == pytest.approx([10.0**e for e in range(-5, -5 + len(tried))])
@@ -99,6 +100,15 @@ def test_a_stopped_sweep_resumes(corpus: Path, tmp_path: Path) -> None:
     assert sweep.train_all([run], sweep.SweepConfig()) == []
     assert sweep.result(run, target=100.0)["seconds_to_target"] <= sweep.result(run)["seconds"]
     assert sweep.result(run, target=0.0)["seconds_to_target"] == float("inf")
+
+
+def test_a_run_that_ends_without_a_finite_loss_is_not_trained_again(corpus: Path, tmp_path: Path) -> None:
+    run = sweep.make_run("arm", ["config/lpa_cpu.py", *TINY, f"--dataset={corpus}"], tmp_path / "runs")
+    assert sweep.train_all([run], sweep.SweepConfig()) == []
+    log = run.folder / "log.jsonl"
+    log.write_text(re.sub(r'"val_loss": [^,}]+', '"val_loss": null', log.read_text()))
+    found = sweep.result(run, target=2.0)
+    assert {found[key] for key in ("val_loss", "bits_per_byte", "seconds_to_target")} == {float("inf")}
 
 
 @pytest.mark.parametrize(
