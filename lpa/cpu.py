@@ -1,7 +1,8 @@
-"""CPU kernels that replace PyTorch's own, from outside the model: RMSNorm, and float32 matrix products on AMD.
+"""CPU kernels that replace PyTorch's own, from outside the model: RMSNorm, short attention, and products on AMD.
 
-They are installed for training, under the same operators, so that F.rms_norm and every product of float32 matrices find
-them, whatever model.py does. Figures are in results/cpu_kernels.md (`python -m experiments.speed.products`).
+They are installed for training, under the same operators, so that F.rms_norm, F.scaled_dot_product_attention and every
+product of float32 matrices find them, whatever model.py does. Figures are in results/cpu_kernels.md
+(`python -m experiments.speed.products`).
 
 PyTorch gives float32 products to MKL, which uses at most AVX2 on an AMD processor. oneDNN, which PyTorch brings along,
 uses AVX-512 there. On AVX2 it is faster for large products alone, and on Intel it is not.
@@ -26,10 +27,11 @@ def install() -> str:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
         LIBRARY.impl("rms_norm", rms_norm, "AutogradCPU")
+        LIBRARY.impl("scaled_dot_product_attention", attention, "AutogradCPU")
         if smallest is not None:
             LIBRARY.impl("mm", functools.partial(mm, smallest), "CPU")
     products = "MKL" if smallest is None else f"oneDNN from {smallest:.2g} multiply-adds"
-    return f"CPU kernels: RMSNorm in few passes, float32 products by {products}"
+    return f"CPU kernels: RMSNorm in few passes, short bfloat16 attention unfused, float32 products by {products}"
 
 
 def smallest_onednn_product() -> int | None:
@@ -47,6 +49,31 @@ def mm(smallest: int, a: Tensor, b: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     out = a.new_empty(a.size(0), b.size(1))
     return torch.ops.aten.mm.out(a, b, out=out)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attend q (B, H, T, D) to k and v (B, G, T, D): in bfloat16, causal and short, by forming the T x T scores.
+
+    PyTorch's fused kernel takes longer in bfloat16 than in float32, and up to T 512 longer than these plain products.
+    """
+    B, H, T, D = q.shape
+    if q.dtype != torch.bfloat16 or not is_causal or mask is not None or dropout or T > 512 or k.size(2) != T:
+        fused = torch.ops.aten.scaled_dot_product_attention.default
+        return fused.decompose(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa)
+    q = q.reshape(B * k.size(1), -1, D)  # (B G, H / G T, D): the heads that share a key are more queries
+    later = q.new_full((T, T), -torch.inf).triu(1).repeat(H // k.size(1), 1)
+    scores = torch.baddbmm(later, q, k.flatten(0, 1).mT, alpha=D**-0.5 if scale is None else scale)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, H, T, -1)
 
 
 def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:

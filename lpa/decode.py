@@ -162,7 +162,8 @@ def latents_are_exact(model: GPT, attention: Attention) -> bool:
     x = torch.linspace(-2, 2, T * model.config.n_embd, device=weight.device).sin().view(1, T, -1).to(weight.dtype)
     rope = first = last = None
     if model.rope is not None:
-        rope, first, last = model.rope[:, :T], model.rope[:, : T - 1], model.rope[:, T - 1 : T]
+        rope = model.rope[:, :T].to(x.dtype)
+        first, last = rope[:, : T - 1], rope[:, T - 1 :]
     cache = KVCache(model, 1, T, x.dtype, checked=True)
     with torch.autocast(weight.device.type, enabled=False):
         cache.extend(slice(0, T - 1), None)

@@ -50,6 +50,19 @@ def test_logits_with_the_cache_equal_those_of_a_full_forward(options: dict) -> N
 
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
+def test_weights_in_bfloat16_cache_what_those_in_float32_do(options: dict) -> None:
+    model = randomised(**options)
+    absorbed = decode.new_cache(model, 1).absorbed
+    idx = tokens(3, 24)
+    wanted = model.to(torch.bfloat16)(idx)
+    cache = decode.new_cache(model, 3)
+    assert cache.absorbed == absorbed
+    with torch.inference_mode():
+        logits = torch.cat([model(part, cache=cache) for part in idx.split([20, 1, 1, 1, 1], dim=1)], dim=1)
+    torch.testing.assert_close(logits.float(), wanted.float(), atol=0.15, rtol=0.05)
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
 @torch.inference_mode()
 def test_padded_prompts_have_the_logits_of_each_prompt_alone(options: dict) -> None:
     model, idx, lengths = randomised(**options), tokens(3, 24), [24, 5, 14]
