@@ -1,4 +1,4 @@
-"""Pretrain a GPT on shards of tokens. `pretrain` is the whole story; importing this file does nothing.
+"""Pretrain a GPT on shards of tokens. Read `pretrain` and `train_step` first; importing this file does nothing.
 
     python train.py config/lpa_cpu.py                                       one process, CPU or one GPU
     torchrun --nproc_per_node=8 train.py config/lpa_370m.py                 many GPUs of one machine
@@ -13,7 +13,6 @@ SIGTERM, Ctrl-C and max_hours save, write out/RUN/stopped.json and exit with cod
 """
 
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
@@ -35,8 +34,6 @@ from lpa.distributed import DistInfo, StopSignal, full_tensor, gradient_sync, ha
 from lpa.log import Log
 from lpa.nonfinite import NonFiniteCheck
 from model import GPT
-
-SAMPLE_TOKENS = 200
 
 
 def main(c: TrainConfig) -> None:
@@ -104,6 +101,9 @@ def pretrain(
         log.start_clock(state["step"])
         return state["step"]
 
+    def log_step() -> None:
+        log.step(state["step"], state["tokens"], loss.item(), norm.item(), rate, check.counts())
+
     # --- Loop. `step` counts finished updates; the log's clock stands still while we save and evaluate. -------------
     while True:
         step = state["step"]
@@ -138,7 +138,7 @@ def pretrain(
         # Only here does the host wait for the device.
         saving = step == last_step or due(step, c.save_interval)
         if log.first or saving or any(due(step, n) for n in (c.log_interval, c.eval_interval, c.sample_interval)):
-            log.step(step, state["tokens"], loss.item(), norm.item(), rate, check.counts())
+            log_step()
             check.stop_if_lost(step)
         if saving:
             saved_step = save()
@@ -146,7 +146,7 @@ def pretrain(
     # --- End: save what a signal interrupted, and wait for the disk ------------------------------------------------
     if reason and reason not in distributed.LOST and saved_step != step:
         if step > first_step and step != log.clock_step:
-            log.step(step, state["tokens"], loss.item(), norm.item(), rate, check.counts())
+            log_step()
         saved_step = save()
     info.run_on_rank_0(saver.close)  # raises UserError where a save failed
     if reason in distributed.LOST:
@@ -168,10 +168,13 @@ def train_step(
     c: TrainConfig,
     info: DistInfo,
 ) -> tuple[Tensor, Tensor]:
-    """Update the model once. Return the mean loss over all ranks and the gradient norm, on the device.
+    """Update the model once. Return the mean loss over all processes and the gradient norm, on the device.
 
-    Every sequence has the same length, so the mean of the micro-batches' means is the mean over tokens.
+    Every sequence has the same length, so the mean of the micro-batches' means is the mean over tokens. Afterwards each
+    parameter's .grad holds its clipped gradient until the next step.
     """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=info.device)
     for micro_step, (x, y) in enumerate(batches):
         with gradient_sync(model, micro_step == micro_steps - 1):
@@ -190,7 +193,6 @@ def train_step(
     for optimizer in optimizers:
         optimizer.found_inf = skip  # pyrefly: ignore  (torch's optimizers look for it, and declare it nowhere)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return total, norm
 
@@ -204,7 +206,7 @@ def evaluate(
     info: DistInfo,
     stop: StopSignal | None = None,
 ) -> float:
-    """Return the mean loss over the same windows every time, shared by all ranks; nan where a signal says stop.
+    """Return the mean loss over the same windows every time, shared by all processes; nan where a signal says stop.
 
     read: from numbers of windows to their inputs and targets.
     """
@@ -213,13 +215,13 @@ def evaluate(
     total = torch.zeros((), device=info.device)
     if stop is not None:
         stop.reset_pace()
-    for start in range(0, -(-len(windows) // info.world_size), c.batch_size):  # as often on every rank
+    for start in range(0, -(-len(windows) // info.world_size), c.batch_size):  # as often on every process
         if stop is not None and stop.reason():
             total.fill_(math.nan)
             break
         chunk = mine[start : start + c.batch_size]
         weight = len(chunk)
-        chunk = chunk if weight else windows[:1]  # FSDP needs every rank's shards, so a rank without windows computes
+        chunk = chunk if weight else windows[:1]  # FSDP needs all shards: a process without windows computes too
         x, y = (t.to(info.device) for t in read(chunk))
         # A last, smaller batch is not worth another compilation.
         stance = torch.compiler.set_stance("default" if len(chunk) == c.batch_size else "force_eager")
@@ -232,17 +234,15 @@ def evaluate(
 
 
 def write_sample(model: GPT, tokenizer: Tokenizer, c: TrainConfig, info: DistInfo) -> str:
-    """Return a text that begins as the corpus's do, on rank 0; always from the same random numbers."""
+    """Return a text that starts like a document of the corpus, on process 0; from the same random numbers each time."""
     if info.rank > 0:
         return ""
     model.eval()
     with torch.compiler.set_stance("force_eager"), hardware.autocast(info.device, c.dtype):
         idx = torch.tensor([[tokenizer.end_of_text or 0]], device=info.device)
         generator = torch.Generator(info.device).manual_seed(c.seed)
-        drawn = decode.generate(
-            model, idx, SAMPLE_TOKENS, tokenizer.vocab_size, temperature=0.8, generator=generator, beyond="stop"
-        )
-        ids = [int(token) for token in drawn]
+        options: dict[str, Any] = dict(temperature=0.8, generator=generator, beyond="stop")
+        ids = [int(token) for token in decode.generate(model, idx, 200, tokenizer.vocab_size, **options)]
     model.train()
     return b"".join(map(tokenizer.decode_bytes, ids)).decode(errors="replace")
 
@@ -250,7 +250,7 @@ def write_sample(model: GPT, tokenizer: Tokenizer, c: TrainConfig, info: DistInf
 def micro_batches(
     corpus: data.Corpus, c: TrainConfig, step: int, micro_steps: int, info: DistInfo
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's batches of a step, on the device. Reading them takes under 1 % of a step of lpa_cpu."""
+    """Yield this process's micro-batches of a step, on the device."""
     for micro_step in range(micro_steps):
         place = (c.seed, step, micro_step, micro_steps, info.rank, info.world_size)
         batch = data.batch(corpus, c.gpt.block_size, c.batch_size, *place)
@@ -261,8 +261,7 @@ def micro_batches(
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
-    torch.manual_seed(int.from_bytes(digest))
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
 def due(step: int, interval: int) -> bool:
@@ -300,7 +299,7 @@ def with_vocabulary(c: TrainConfig, *corpora: data.Corpus) -> TrainConfig:
 
 
 def share_step(c: TrainConfig, info: DistInfo) -> tuple[TrainConfig, int]:
-    """Return the options with a batch_size that suits so many ranks, and the micro-steps that make tokens_per_step."""
+    """Return the options with a batch_size for this number of processes, and the micro-steps per step."""
     size = info.world_size
     one_pass = c.batch_size * c.gpt.block_size * size
     wanted = c.tokens_per_step or one_pass
@@ -308,7 +307,7 @@ def share_step(c: TrainConfig, info: DistInfo) -> tuple[TrainConfig, int]:
     batch_size = min(c.batch_size, sequences // size) if size > 1 else c.batch_size
     if rest or batch_size == 0 or sequences == 0 or sequences % (batch_size * size):
         raise UserError(
-            f"tokens_per_step is {c.tokens_per_step}, wanted a multiple of batch_size x block_size x ranks ="
+            f"tokens_per_step is {c.tokens_per_step}, wanted a multiple of batch_size x block_size x processes ="
             f" {c.batch_size} x {c.gpt.block_size} x {size} = {one_pass}, for example"
             f" {max(1, round(wanted / one_pass)) * one_pass}"
         )

@@ -39,7 +39,7 @@ AS_BEFORE = "earlier checkpoints are as they were"
 class Saver:
     """Saves in the background. A step waits until the tensors are copied to the host, and for an earlier save.
 
-    Sharded tensors are saved by all ranks together, others by rank 0.
+    Sharded tensors are saved by all processes together, others by process 0.
     """
 
     def __init__(self, run: Path, tokenizer: Tokenizer, info: DistInfo, shard: bool, timeout: float = 1800.0) -> None:
@@ -62,7 +62,7 @@ class Saver:
 
     def publish_shards(self, written: Future, partial: Path, state: dict[str, Any]) -> None:
         with disk_errors(partial, self.info.rank == 0):
-            written.result()  # fails on every rank, or on none
+            written.result()  # fails on every process, or on none
             if self.info.rank == 0:
                 publish(self.run, partial, state, self.tokenizer)
 
@@ -249,7 +249,7 @@ def saved_index(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path, live: dict[str, Tensor]) -> None:
-    """Fill the tensors of `live`, sharded or not. Every rank reads what it needs, and nothing is sent.
+    """Fill the tensors of `live`, sharded or not. Every process reads what it needs, and nothing is sent.
 
     Raise UserError where a name or a shape differs from those saved under the same prefix.
     """

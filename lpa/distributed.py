@@ -30,7 +30,7 @@ from config import TrainConfig, UserError
 from lpa import cpu, hardware
 from lpa.recompute import apply_recompute
 
-REPORT_SECONDS = 5.0  # how long the ranks that saw a time-out wait for others to report one
+REPORT_SECONDS = 5.0  # how long the processes that saw a time-out wait for others to report one
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class DistInfo:
     world_size: int
     device: torch.device
     store: dist.Store | None = None
-    """Where ranks can leave messages when their connections are gone."""
+    """Where processes can leave messages when their connections are gone."""
 
     def mean(self, value: Tensor) -> Tensor:
-        """Return the mean over ranks of a tensor on the device, without waiting for the device."""
+        """Return the mean over processes of a tensor on the device, without waiting for the device."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return value / self.world_size
 
     def run_on_rank_0(self, f: Callable[[], Any]) -> Any:
-        """Run f on rank 0 and broadcast its result. A UserError there is raised on all ranks."""
+        """Run f on process 0 and broadcast its result. A UserError there is raised on all processes."""
         answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -65,7 +65,7 @@ class DistInfo:
         return answer[0]
 
     def close(self) -> None:
-        """Wait for all ranks: one that ends early would break the connections of one that still saves."""
+        """Wait for all processes: one that ends early would break the connections of one that still saves."""
         if self.world_size > 1:
             dist.barrier()
             dist.destroy_process_group()
@@ -74,7 +74,7 @@ class DistInfo:
 def init_distributed(device: str, timeout: float = 1800.0) -> DistInfo:
     """Connect the processes that torchrun started; without torchrun this is the only one.
 
-    timeout: seconds that a rank waits for the others. Raise UserError where they do not come.
+    timeout: seconds that a process waits for the others. Raise UserError where they do not come.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = hardware.choose_device(device)
@@ -82,14 +82,15 @@ def init_distributed(device: str, timeout: float = 1800.0) -> DistInfo:
         return DistInfo(rank, world_size, chosen)
     try:
         return DistInfo(rank, world_size, chosen, connect(rank, world_size, chosen, timeout))
-    except (RuntimeError, ValueError) as error:  # no store, no other ranks, or a missing variable of torchrun
+    except (RuntimeError, ValueError) as error:  # no store, no other processes, or a missing variable of torchrun
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         why = str(error).splitlines()[0]
-        raise UserError(f"rank {rank} did not find {world_size} ranks at {place} within {timeout:g} s: {why}") from None
+        found = f"process {rank} did not find all {world_size} processes at {place} within {timeout:g} s"
+        raise UserError(f"{found}: {why}") from None
 
 
 def connect(rank: int, size: int, device: torch.device, timeout: float) -> dist.Store:
-    """Wait for the other ranks. Return the store that all of them can read and write."""
+    """Wait for the other processes. Return the store that all of them can read and write."""
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
     store = dist.PrefixStore(name_start(store, rank, size, timeout), store)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
@@ -101,10 +102,10 @@ def connect(rank: int, size: int, device: torch.device, timeout: float) -> dist.
 
 
 def name_start(store: dist.Store, rank: int, size: int, timeout: float) -> str:
-    """Return a name for this start of the run: the same on all ranks, and different for each start.
+    """Return a name for this start of the run: the same on all processes, and different for each start.
 
-    torchrun keeps one store over all restarts, so the first rank would read there the address of a rank that was
-    killed. So each rank leaves a new mark, and the marks together are the name, once all ranks have seen the same ones.
+    torchrun keeps one store over all restarts, so a process could read there the address of one that was killed. So
+    each process leaves a new mark, and the marks together are the name, once all processes have seen the same ones.
     """
     marks, deadline = [f"mark/{other}" for other in range(size)], time.monotonic() + timeout
     store.set(marks[rank], uuid.uuid4().hex)
@@ -120,10 +121,10 @@ def name_start(store: dist.Store, rank: int, size: int, timeout: float) -> str:
 
 @contextlib.contextmanager
 def hang_report(info: DistInfo, timeout: float) -> Iterator[None]:
-    """Name the ranks that did not answer, where the others wait in vain; then end with exit code 1.
+    """Name the processes that did not answer, where the others wait in vain; then end with exit code 1.
 
-    torchrun then starts all of them again, if --max-restarts allows it. A rank whose wait ended leaves a message in the
-    store; one that hangs does not. NCCL's own watchdog may end the process earlier, without a name.
+    torchrun then starts all of them again, if --max-restarts allows it. A process whose wait ended leaves a message in
+    the store; one that hangs does not. NCCL's own watchdog may end the process earlier, without a name.
     """
     try:
         yield
@@ -134,17 +135,17 @@ def hang_report(info: DistInfo, timeout: float) -> Iterator[None]:
         waited = f" within {timeout:g} s" if timed_out else ""
         try:
             missing = silent_ranks(info, info.store)
-            who = f"rank {', '.join(map(str, missing))} did not answer" if missing else "the connection broke"
+            who = f"process {', '.join(map(str, missing))} did not answer" if missing else "the connection broke"
             speaker = min(set(range(info.world_size)) - set(missing))
         except dist.DistError:  # the store ended with the process that held it
-            who, speaker = "rank 0, or the torchrun that holds the store, is gone", info.rank
+            who, speaker = "process 0, or the torchrun that holds the store, is gone", info.rank
         if info.rank == speaker:
             print(f"error: {who}{waited} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
         os._exit(1)  # a normal exit would wait for the others again
 
 
 def silent_ranks(info: DistInfo, store: dist.Store) -> list[int]:
-    """Return the ranks that do not report, as this one does, that they waited in vain. DistError: no store."""
+    """Return the processes that do not report, as this one does, that they waited in vain. DistError: no store."""
     store.set(f"waited/{info.rank}", socket.gethostname())
     time.sleep(REPORT_SECONDS)
     return [rank for rank in range(info.world_size) if not store.check([f"waited/{rank}"])]
@@ -159,8 +160,8 @@ LOST = REASONS[-2:]  # then nothing is saved: it cannot be, or another start of 
 class StopSignal:
     """Whether the run shall stop, asked before each step and each batch of an evaluation.
 
-    The ranks agree over the CPU, so that no device waits, and at most once per second: the number of questions between
-    two agreements follows from how long they take, on all ranks alike.
+    The processes agree over the CPU, so that no device waits, and at most once per second: the number of questions
+    between two agreements follows from how long they take, on all processes alike.
     """
 
     def __init__(self, info: DistInfo, max_hours: float | None = None) -> None:
@@ -180,7 +181,7 @@ class StopSignal:
         self.every, self.asked, self.since = 1, 0, time.monotonic()
 
     def reason(self) -> str:
-        """Return one of REASONS, the same on all ranks; '' = continue."""
+        """Return one of REASONS, the same on all processes; '' = continue."""
         if not self.agreed:
             mine = self.caught[0] if self.caught else "max_hours" if time.monotonic() > self.deadline else ""
             if self.parent not in (None, os.getppid()):  # a killed torchrun leaves its workers
@@ -212,7 +213,7 @@ def catch_signals() -> tuple[list[str], dict[int, Any]]:
     return caught, {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
-# --- The model on all ranks --------------------------------------------------------------------------------------
+# --- The model on all processes ----------------------------------------------------------------------------------
 
 
 def parallelize(model: Any, c: TrainConfig, info: DistInfo, find_unused: bool = False) -> nn.Module:
@@ -256,5 +257,5 @@ def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """Return all of a tensor, sharded or not, on each rank."""
+    """Return all of a tensor, sharded or not, on each process."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,4 +1,4 @@
-"""The log of a run: lines on the terminal, out/RUN/log.jsonl, and wandb when asked. Ranks other than 0 are silent."""
+"""Write the log of a run: to the terminal, to out/RUN/log.jsonl, and to wandb if asked; only process 0 does."""
 
 import json
 import math
@@ -32,9 +32,9 @@ class Log:
         self.silent, self.full = info.rank != 0, False
         self.first, self.seconds, self.wandb_id = True, state["seconds"], state["wandb_id"]
         self.wandb: Any = None
-        self.run, self.ranks, self.device = run, info.world_size, info.device
+        self.run, self.processes, self.device = run, info.world_size, info.device
         self.max_steps, self.last_step, self.tokens_per_step = c.max_steps, last_step, tokens_per_step
-        rate = hardware.matmul_rate(info.device, c.dtype)  # on all ranks at once: they may share a machine
+        rate = hardware.matmul_rate(info.device, c.dtype)  # on all processes at once: they may share a machine
         self.matmul_rate = info.world_size * info.mean(torch.tensor(rate, device=info.device)).item()
         self.flops_per_token = 3 * model.flops_per_token()  # backward takes twice the forward pass
         self.evaluated, self.sampled = info.run_on_rank_0(lambda: self.open(run, state["step"], resumed))
@@ -67,7 +67,7 @@ class Log:
         """Write and return the first record of this start."""
         versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
         on, dtype = hardware.describe(info.device), state["options"]["dtype"]
-        setting: dict[str, Any] = dict(step=state["step"], versions=versions, device=on, ranks=info.world_size)
+        setting: dict[str, Any] = dict(step=state["step"], versions=versions, device=on, processes=info.world_size)
         setting |= dict(matmul_flops=self.matmul_rate, options=state["options"])
         setting |= dict(parameters=counts.table(model).splitlines())
         self.write(setting)
@@ -77,12 +77,12 @@ class Log:
         return setting
 
     def open_wandb(self, run: Path, setting: dict[str, Any]) -> None:
-        """Start wandb with the options, the parameter table, the versions and the number of ranks as its config."""
+        """Start wandb with the options, the parameter table, the versions and the number of processes as its config."""
         try:
             import wandb
         except ImportError:
             raise UserError("--wandb needs its package: pip install 'wandb>=0.19,<1'") from None
-        config = setting["options"] | {name: setting[name] for name in ("parameters", "versions", "ranks")}
+        config = setting["options"] | {name: setting[name] for name in ("parameters", "versions", "processes")}
         options: dict[str, Any] = dict(project="lpa", name=run.name, id=self.wandb_id, resume="allow", dir=run)
         try:
             self.wandb = wandb.init(**options, config=config)
@@ -113,7 +113,7 @@ class Log:
         self.say(f"tokenizer: {train_data.meta['tokenizer'].get('name', train_data.meta['tokenizer']['kind'])}")
         self.say(
             f"a step: {self.tokens_per_step:,} tokens = {c.batch_size} sequences x {c.gpt.block_size} tokens"
-            f" x {self.ranks} ranks x {micro_steps} micro-steps"
+            f" x {self.processes} processes x {micro_steps} micro-steps"
         )
         if self.device.type == "cpu":
             self.say(cpu.install())  # what parallelize has installed

@@ -73,8 +73,8 @@ class Muon(torch.optim.Optimizer):
                     self.step_batch(params, group)
 
     def step_batch(self, params: list[nn.Parameter], group: dict) -> None:
-        """Step matrices of one shape. Under FSDP each rank holds some rows m of each, so the sum of momentum and
-        gradient is gathered before it is made orthogonal, by all ranks alike."""
+        """Step matrices of one shape. Under FSDP each process holds some rows m of each, so the sum of momentum and
+        gradient is gathered before it is made orthogonal, by all processes alike."""
         going = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 leaves everything as it is
         weights = [local(p) for p in params]
         buffers = [local(self.state[p]["momentum"]) for p in params]
@@ -93,12 +93,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def local(value: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor."""
+    """Return what this process holds of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def gather(stacked: Tensor, p: Tensor, number: int) -> Tensor:
-    """Return all of `number` stacked tensors like p, of which `stacked` is this rank's part."""
+    """Return all of `number` stacked tensors like p, of which `stacked` is this process's part."""
     if not isinstance(p, DTensor):
         return stacked
     shape = torch.Size([number, *p.shape])
@@ -108,7 +108,7 @@ def gather(stacked: Tensor, p: Tensor, number: int) -> Tensor:
 
 
 def scatter(stacked: Tensor, p: Tensor) -> Tensor:
-    """Return this rank's part again; nothing is sent, as every rank has all of it."""
+    """Return this process's part again; nothing is sent, as every process has all of it."""
     if not isinstance(p, DTensor):
         return stacked
     return distribute_tensor(stacked, p.device_mesh, [Shard(1)], src_data_rank=None).to_local()

@@ -20,7 +20,7 @@ CHUNK = 1 << 20  # tokens that are decoded at a time
 
 @torch.no_grad()
 def evaluate(model: GPT, corpus: Corpus, stride: int, batch_size: int, dtype: str, info: DistInfo) -> float:
-    """Return the mean loss over the N - 1 targets of the split, in nats per token, summed in float64 over all ranks.
+    """Return the mean loss over the N - 1 targets of the split, in nats per token, in float64.
 
     The model must be in eval mode. Raise UserError where the split has fewer than two tokens.
     """

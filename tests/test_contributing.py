@@ -13,6 +13,7 @@ from pathlib import Path
 from conftest import ROOT, read_log
 
 SECTIONS = {part.splitlines()[0]: part for part in (ROOT / "CONTRIBUTING.md").read_text().split("\n## ")}
+VALUE = re.search(r"```python\n(.*?)\n```", SECTIONS["Add a value to the log"], flags=re.DOTALL)[1]
 KIND = re.search(r"```diff\n(.*?)```", SECTIONS["Add a kind of linear layer"], flags=re.DOTALL)[1]
 NEW_FILES = {
     "data/unicode_names/prepare.py": SECTIONS["Add a corpus"],
@@ -73,6 +74,9 @@ def test_the_examples_go_in_and_train(tmp_path: Path) -> None:
         for hunk in hunks.strip("\n").split("\n\n"):
             text = insert(text, hunk)
         (copy / name).write_text(text)
+    text = (copy / "train.py").read_text()
+    assert text.count("check.counts())") == 1
+    (copy / "train.py").write_text(text.replace("check.counts())", f"{VALUE})"))
     for name, section in NEW_FILES.items():
         source = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1]
         assert f"`{name}`" in section
@@ -90,4 +94,6 @@ def test_the_examples_go_in_and_train(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^q +192 +192 +24 ", result.stdout, flags=re.MULTILINE)
     for name in ("kind", "preset"):
-        assert read_log(copy / "out" / name)[-1]["val_loss"] < 5.54, "one step from ln 256 = 5.545"
+        *_, step, evaluation = read_log(copy / "out" / name)
+        assert 0 < step["head_grad_norm"] <= step["grad_norm"]
+        assert evaluation["val_loss"] < 5.54, "one step from ln 256 = 5.545"

@@ -182,7 +182,7 @@ def test_a_rank_that_hangs_is_named(corpus: Path, tmp_path: Path) -> None:
     options = ["--tokens_per_step=256", "--max_steps=50", "--hang_timeout=4"]
     command = arguments(corpus, tmp_path / "run", *options)
     printed = run_ranks(2, command, tmp_path, "test_parallel.rank_1_hangs", expect=1)
-    assert "error: rank 1 did not answer within 4 s" in printed
+    assert "error: process 1 did not answer within 4 s" in printed
 
 
 def rank_1_hangs() -> None:

@@ -605,7 +605,7 @@ def test_the_log_tells_the_setting_and_each_step(
     options = ["--max_steps=4", "--log_interval=2", "--eval_interval=2", "--tokens_per_step=256"]
     run_here(arguments(corpus, out, *options))
     told = capsys.readouterr().out
-    assert "a step: 256 tokens = 4 sequences x 32 tokens x 1 ranks x 2 micro-steps\n" in told
+    assert "a step: 256 tokens = 4 sequences x 32 tokens x 1 processes x 2 micro-steps\n" in told
     assert re.search(r"^AdamW +factors +16 tensors +4,096 parameters, decay 0\n", told, flags=re.MULTILINE)
     changed = re.search(r"^options: (.*)\n", told, flags=re.MULTILINE)[1]
     assert {"--tokens_per_step=256", "--n_embd=32", "--lowdim.q=8"} <= set(shlex.split(changed))
@@ -671,7 +671,7 @@ def test_wandb_goes_on_with_the_same_run(corpus: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--learning_rat=1"], "--learning_rate"),
-        (["--tokens_per_step=1000"], "tokens_per_step is 1000, wanted a multiple of batch_size x block_size x ranks"),
+        (["--tokens_per_step=1000"], "tokens_per_step is 1000, wanted a multiple of batch_size x block_size x processes"),
         (["--vocab_size=100"], "vocab_size is 100, but"),
         (["--block_size=1000000"], "shorter than a block"),
         (["--dataset=nowhere"], "no corpus nowhere"),

@@ -204,7 +204,7 @@ def test_no_rank_0_to_meet_is_told_in_a_line(corpus: Path, tmp_path: Path) -> No
     process = start(arguments(corpus, tmp_path / "run", "--hang_timeout=0.3"), output, place)
     process.join()
     assert process.exitcode == 2, output.read_text()
-    assert "error: rank 1 did not find 2 ranks at 127.0.0.1:1 within 0.3 s" in output.read_text()
+    assert "error: process 1 did not find all 2 processes at 127.0.0.1:1 within 0.3 s" in output.read_text()
     assert "Traceback" not in output.read_text()
 
 

@@ -172,7 +172,7 @@ def kill_ranks(corpus: Path, whole: Path, folder: Path, points: list[tuple[int, 
         fault = dict(FAULT_LOG=str(folder / "events"), FAULT_RANK=str(rank), FAULT_KIND=kind, FAULT_AT=str(at))
         codes, printed = start_ranks(2, command, folder, "events.kill_at", fault)
         assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1), printed
-        assert f"error: rank {rank}" in printed  # 'did not answer', or that it and its list of ranks are gone
+        assert f"error: process {rank}" in printed  # 'did not answer', or that it and its list of ranks are gone
         assert "skipped" not in printed
         assert "Traceback" not in printed
     run_ranks(2, command, folder)
