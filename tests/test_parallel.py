@@ -20,7 +20,7 @@ from test_train import arguments, losses, same, tensors
 import data
 import train
 from config import TrainConfig, UserError, load_config
-from lpa import checkpoint, distributed, optim
+from lpa import checkpoint, cpu, distributed, optim
 from model import GPT
 
 STEP = ["--tokens_per_step=512", "--warmup_steps=5", "--learning_rate=0.003"]
@@ -121,6 +121,7 @@ def in_one_process(c: TrainConfig, dtype: torch.dtype) -> tuple[list[float], dic
 
     Each pass reads the weights rounded to dtype; its gradients are added, averaged and applied in float32.
     """
+    cpu.install()  # the kernels of the processes, which round bfloat16 alike
     corpus = data.open_corpus(c.dataset, "train")
     c = train.with_vocabulary(c, corpus)
     model, found = GPT(c.gpt, c.seed), []
