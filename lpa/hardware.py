@@ -1,4 +1,4 @@
-"""The machine: which device, which precision, whether to compile, and how fast it is."""
+"""Choose device, precision and compilation for this machine, and measure how fast it is."""
 
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """'auto' is CUDA, then Apple's MPS, then the CPU; under torchrun every local rank has a GPU of its own."""
+    """Return the device. 'auto': CUDA, else Apple's MPS, else the CPU. torchrun's processes get a GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
@@ -28,8 +28,8 @@ def choose_device(name: str = "auto") -> torch.device:
             raise UserError("device is cuda, but torch sees no CUDA device here; use --device=auto or --device=cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            ranks, gpus = os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
-            raise UserError(f"nproc_per_node is {ranks}, wanted at most {gpus}, the GPUs of this machine")
+            size, gpus = os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
+            raise UserError(f"nproc_per_node is {size}, wanted at most {gpus}, the GPUs of this machine")
         torch.cuda.set_device(device)
         return device
     if name == "mps" and not torch.backends.mps.is_available():
@@ -38,13 +38,15 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """Matrix products in dtype; nothing for float32."""
+    """Compute matrix products in dtype; for float32, change nothing."""
     return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let glibc keep what is freed on a CPU. It would return large blocks and fetch them again in each step, page by
-    page: a new tensor of 64 MiB is then filled several times faster (`python -m experiments.speed.products`)."""
+    """Let glibc keep freed memory on a CPU. Otherwise each step gets its large blocks from the system again.
+
+    A new tensor of 64 MiB is then filled several times faster (`python -m experiments.speed.products`).
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
@@ -52,10 +54,10 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def choose_dtype(dtype: Dtype, device: torch.device) -> Dtype:
-    """'auto' is bfloat16 on a GPU that has it and on a CPU that multiplies it faster, else float32.
+    """Return the precision. 'auto': bfloat16 on a GPU that has it and on a CPU that multiplies it faster, else float32.
 
-    A CPU with bfloat16 units has 4 times its float32 rate, one without them a hundredth: no flag tells them apart on
-    all systems, a product of 256 x 256 does.
+    A CPU with bfloat16 units reaches 4 times its float32 rate; without them, a hundredth. No flag shows this on all
+    systems, so a product of 256 x 256 is timed.
     """
     if dtype != "auto":
         return dtype
@@ -68,9 +70,9 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> Dtype:
 
 
 def choose_compile(mode: str, device: torch.device) -> str:
-    """'auto' compiles by block on CUDA, and nowhere else: on a CPU it gains little and needs a C++ compiler.
+    """Return what to compile. 'auto': each block on CUDA, else nothing: a CPU gains little and needs a C++ compiler.
 
-    A wish that the machine cannot grant becomes 'off' with a warning.
+    Where the machine cannot compile, return 'off' with a warning.
     """
     if mode == "auto":
         mode = "block" if device.type == "cuda" else "off"
@@ -78,7 +80,7 @@ def choose_compile(mode: str, device: torch.device) -> str:
         return mode
     reason = None
     if device.type == "mps" or sys.platform == "win32":
-        reason = f"torch.compile is not dependable on {device.type if device.type == 'mps' else 'Windows'}"
+        reason = f"torch.compile is not reliable on {'MPS' if device.type == 'mps' else 'Windows'}"
     elif device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         reason = "torch.compile needs a C++ compiler on the CPU and found none"
     if reason and os.environ.get("RANK", "0") == "0":
@@ -94,14 +96,14 @@ def describe(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """Its name where the system tells it (Linux), else its architecture."""
+    """Return the processor's name (Linux), or its architecture."""
     about = Path("/proc/cpuinfo")
     names = [line for line in about.read_text().splitlines() if line.startswith("model name")] if about.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
@@ -113,12 +115,12 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes that the device's allocator held at most since the last reset; None where there is no such count."""
+    """Return the most bytes that the allocator held since the last reset; None if the device does not count."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.5, n: int | None = None) -> float:
-    """FLOP/s of one large square matrix product, the fastest of those that fit in `seconds`: what MFU divides by."""
+    """Return FLOP/s of a large square matrix product, the fastest within `seconds`. MFU divides by it."""
     n = n or (8192 if device.type == "cuda" else 1024)
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[dtype])
     with torch.no_grad():
@@ -126,14 +128,14 @@ def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.5, n: int |
 
 
 def copy_rate(device: torch.device, seconds: float = 0.5) -> float:
-    """Bytes/s, read and written ones together, of one large copy, the fastest of those that fit in `seconds`."""
+    """Return bytes/s, read and written together, of a large copy, the fastest within `seconds`."""
     n = 2**30 if device.type == "cuda" else 2**28  # beyond any cache
     source, target = torch.ones(2, n, device=device, dtype=torch.uint8)
     return 2 * n / fastest(lambda: target.copy_(source), device, seconds)
 
 
 def fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds of the fastest run, of those that fit in `seconds` after a first one."""
+    """Return the time of the fastest run within `seconds`, after a first run that does not count."""
     run()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:

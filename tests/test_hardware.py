@@ -81,8 +81,8 @@ def test_autocast_is_of_the_device_and_nothing_in_float32() -> None:
     [
         (CPU, "linux", True, "block", None),
         (CPU, "linux", False, "off", "found none"),
-        (CPU, "win32", True, "off", "not dependable on Windows"),
-        (MPS, "darwin", True, "off", "not dependable on mps"),
+        (CPU, "win32", True, "off", "not reliable on Windows"),
+        (MPS, "darwin", True, "off", "not reliable on MPS"),
         (torch.device("cuda"), "linux", False, "block", None),
     ],
     ids=str,
