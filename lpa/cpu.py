@@ -11,6 +11,7 @@ uses AVX-512 there. On AVX2 it is faster for large products alone, and on Intel 
 import functools
 import platform
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,34 @@ from torch import Tensor
 LIBRARY = torch.library.Library("aten", "IMPL")  # what is installed lives as long as this
 
 
+def install(dtype: str) -> str:
+    """Install the kernels for training in this precision, once in a process. Return a line that says which."""
+    install_rms_norm_and_attention()
+    about = "CPU kernels: RMSNorm in few passes, short bfloat16 attention unfused"
+    if dtype != "float32":  # even to look at each product would cost a bfloat16 step of lpa_cpu 2 to 7 %
+        return about
+    smallest = install_products()
+    return f"{about}, products by {'MKL' if smallest is None else f'oneDNN from {smallest:.2g} multiply-adds'}"
+
+
 @functools.cache
-def install() -> str:
-    """Install the kernels, once in a process. Return a line that says which."""
+def install_rms_norm_and_attention() -> None:
+    override("rms_norm", rms_norm, "AutogradCPU")
+    override("scaled_dot_product_attention", attention, "AutogradCPU")
+
+
+@functools.cache
+def install_products() -> int | None:
     smallest = smallest_onednn_product()
+    if smallest is not None:
+        override("mm", functools.partial(mm, smallest), "CPU")
+    return smallest
+
+
+def override(operator: str, kernel: Callable[..., Tensor], key: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        LIBRARY.impl("rms_norm", rms_norm, "AutogradCPU")
-        LIBRARY.impl("scaled_dot_product_attention", attention, "AutogradCPU")
-        if smallest is not None:
-            LIBRARY.impl("mm", functools.partial(mm, smallest), "CPU")
-    products = "MKL" if smallest is None else f"oneDNN from {smallest:.2g} multiply-adds"
-    return f"CPU kernels: RMSNorm in few passes, short bfloat16 attention unfused, float32 products by {products}"
+        LIBRARY.impl(operator, kernel, key)
 
 
 def smallest_onednn_product() -> int | None:

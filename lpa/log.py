@@ -116,7 +116,7 @@ class Log:
             f" x {self.processes} processes x {micro_steps} micro-steps"
         )
         if self.device.type == "cpu":
-            self.say(cpu.install())  # what parallelize has installed
+            self.say(cpu.install(c.dtype))  # what parallelize has installed
         step = self.clock_step
         done = f": no step is left of {self.last_step:,}" if step >= self.last_step else ""
         self.say(f"continuing from {folder}{done}" if folder else f"writing to {self.run}")

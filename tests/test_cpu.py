@@ -69,7 +69,7 @@ def test_products_by_onednn(rank: int) -> None:
 
 def test_what_is_installed_is_what_a_model_calls() -> None:
     """In bfloat16 a causal call takes the unfused path; with a mask, or longer than 512 tokens, PyTorch's kernel."""
-    cpu.install()
+    cpu.install("bfloat16")
     q, mask = randn(1, 2, 8, 16, dtype=BF16).requires_grad_(), torch.ones(8, 8).tril().bool()
     assert "View" in F.scaled_dot_product_attention(q, q, q, is_causal=True).grad_fn.name()
     assert "Flash" in F.scaled_dot_product_attention(q, q, q, mask).grad_fn.name()
