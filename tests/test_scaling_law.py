@@ -16,6 +16,7 @@ from test_plot import write_log
 
 from config import UserError, parse
 from experiments import sweep
+from experiments.scaling import fit as scaling_fit
 from experiments.scaling import law as scaling_law
 from experiments.scaling import plan as scaling_plan
 from experiments.scaling.fit import Fit, Law, Points, best_law, bootstrap, compare, fit, gamma_of_runs, ratios
@@ -67,39 +68,38 @@ def test_kausiks_interval_prints_as_published() -> None:
     assert "0.44 (0.44 to 0.44) and 0.72 (0.72 to 0.72)" in lines[0]
     steep = dataclasses.replace(HOFFMANN, beta=0.6)
     lines = scaling_law.gamma_lines(options("runs.csv"), Fit(grid(steep), steep, (steep,), ()))
-    assert "the lower end is taken as 0" in lines[1]
+    N0 = re.search(r"from N = (\S+) at", lines[1])[1]
+    assert f"has N = {N0} to " in lines[1], "beta above 0.5: the lower end of gamma is 0"
 
 
 def test_gamma_of_runs_finds_the_exponent_that_was_put_in() -> None:
     """Each length has a size from which on the loss is flat: sizes grow as D^0.6."""
     D, N = (v.ravel() for v in np.meshgrid([1e6, 4e6, 1.6e7, 6.4e7], np.geomspace(1e3, 1e8, 60)))
     need = 10 * D**0.6
-    gamma, error, found, notes = gamma_of_runs(Points("x", N, D, 2 + np.maximum(0, np.log(need / N))), 0.02)
+    gamma, error, found = gamma_of_runs(Points("x", N, D, 2 + np.maximum(0, np.log(need / N))), 0.02)
     assert gamma == pytest.approx(0.6, abs=0.02)
     assert error < 0.02
     assert [n for _, n in found] == pytest.approx([10 * d**0.6 for d, _ in found], rel=0.1)
-    assert notes == []
     flat = Points("x", N, D, np.full(len(N), 2.0))
-    gamma, _, found, notes = gamma_of_runs(flat, 0.02)
+    gamma, _, found = gamma_of_runs(flat, 0.02)
     assert math.isnan(gamma)
-    assert found == []
-    assert "the smallest run is good enough already" in notes[0]
+    assert found == [], "even the smallest run is good enough"
 
 
 def test_what_a_family_saves_is_what_was_put_in() -> None:
     """B times 0.5^beta is half the data for the same loss; A times 0.7^alpha 0.7 of the size; both compute."""
     halved = dataclasses.replace(HOFFMANN, B=HOFFMANN.B * 0.5**HOFFMANN.beta)
-    assert ratios(halved, HOFFMANN, 1e19).data == pytest.approx(0.5)
+    assert ratios(halved, HOFFMANN, 1e19)["data"] == pytest.approx(0.5)
     smaller = dataclasses.replace(HOFFMANN, A=HOFFMANN.A * 0.7**HOFFMANN.alpha)
-    assert ratios(smaller, HOFFMANN, 1e19).size == pytest.approx(0.7)
+    assert ratios(smaller, HOFFMANN, 1e19)["size"] == pytest.approx(0.7)
     both = dataclasses.replace(smaller, B=halved.B)
-    assert ratios(both, HOFFMANN, 1e19).compute == pytest.approx(0.35)
-    assert ratios(dataclasses.replace(HOFFMANN, E=3.0), HOFFMANN, 1e19) == pytest.approx(
-        dataclasses.replace(ratios(both, HOFFMANN, 1e19), compute=math.inf, data=math.inf, size=math.inf)
-    )
+    assert ratios(both, HOFFMANN, 1e19)["compute"] == pytest.approx(0.35)
+    assert set(ratios(dataclasses.replace(HOFFMANN, E=3.0), HOFFMANN, 1e19).values()) == {math.inf}
+    other = Law(1.7, 200.0, 0.3, 800.0, 0.33)  # the compute by its definition: the same loss at both optima
+    need = ratios(other, HOFFMANN, 1e19)["compute"] * 1e19
+    assert other.loss(*other.optimum(need)) == pytest.approx(HOFFMANN.loss(*HOFFMANN.optimum(1e19)))
     fits = [fit(grid(law, 0.002, 5, seed), resamples=20) for law, seed in ((halved, 0), (HOFFMANN, 1))]
-    name, best, low, high = compare(*fits, 1e19)[1]
-    assert name == "data"
+    best, low, high = compare(*fits, 1e19)["data"]
     assert low <= best <= high
     assert low < 0.5 < high or best == pytest.approx(0.5, abs=0.1)
 
@@ -107,7 +107,8 @@ def test_what_a_family_saves_is_what_was_put_in() -> None:
 def test_families_are_compared_only_where_both_have_runs() -> None:
     """Within the grid; not at 1e25 FLOPs, nor with runs a thousand times smaller; a loss nobody had is said."""
     here = Fit(grid(HOFFMANN, n=3), HOFFMANN, (HOFFMANN,) * 3, ())
-    assert "| C, at its own optimum | 1 | 1 | 1 |" in scaling_law.comparison(options("a", "--budget=1e19"), here, here)
+    lines = scaling_law.comparison(options("a", "--budget=1e19"), here, here)
+    assert "| C, at its own optimum | 1 | 1 | 1 |" in "\n".join(lines)
     refused = scaling_law.comparison(options("a", "--budget=1e25"), here, here)
     assert "Not compared" in refused[1]
     assert "C = 1e+25 is more than 10 times outside what grid saw, 6e+14 to 6e+20" in refused[1]
@@ -122,24 +123,17 @@ def test_families_are_compared_only_where_both_have_runs() -> None:
     assert "| never | never | never |" in text
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(alpha=-0.34), dict(alpha=-0.28), dict(beta=0), dict(beta=-1), dict(alpha=1e4), dict(alpha=0.0101)]
-)
-def test_what_a_resample_without_a_law_gives_is_undetermined(
-    changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """3 of 40 are more than an interval leaves out: no end. 1 of 40 only widens it. Never a number from nothing."""
-    pytest.importorskip("matplotlib")
-    lost, o = dataclasses.replace(HOFFMANN, **changes), options("a", "--budget=1e19")
-    laws = [dataclasses.replace(HOFFMANN, beta=0.28 + i / 1e4) for i in range(37)]
-    f = Fit(grid(HOFFMANN, n=3), HOFFMANN, (*laws, lost, lost, lost), ())
-    text = "\n".join([*scaling_law.report(o, f), *scaling_law.comparison(o, f, f)])
-    assert "undetermined" in text
-    assert not re.search(r"\b(nan|inf)\b|e\+[3-9]\d|e[+-]\d\d\d", text)
-    _, low, high = Fit(f.points, HOFFMANN, (*laws, lost), ()).interval(lambda law: law.optimum(1e19)[0])
-    assert low < high < 1e10
-    monkeypatch.setattr(scaling_law.plot, "save", lambda figure, out: figure.canvas.draw())
-    scaling_law.draw(o, [f])
+def test_resamples_without_a_law_are_left_out_up_to_5_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 of 40 is left out of the errors and said; of 3 of 40 comes no law."""
+    lost = dataclasses.replace(HOFFMANN, alpha=-0.3)
+    laws = [dataclasses.replace(HOFFMANN, beta=0.28 + i / 1e4) for i in range(40)]
+    monkeypatch.setattr(scaling_fit, "bootstrap", lambda *_: [lost, *laws[:39]])
+    found = fit(grid(HOFFMANN, n=4), resamples=40)
+    assert len(found.resampled) == 39
+    assert "errors leave out 1 of 40 resamples" in found.notes[0]
+    monkeypatch.setattr(scaling_fit, "bootstrap", lambda *_: [lost, lost, lost, *laws[:37]])
+    with pytest.raises(UserError, match=r"alpha or beta is outside 0.01 to 3 in 3 of 40 resamples"):
+        fit(grid(HOFFMANN, n=4), resamples=40)
 
 
 # --- What is refused -----------------------------------------------------------------------------------------------
@@ -150,8 +144,8 @@ def test_what_a_resample_without_a_law_gives_is_undetermined(
     [
         (grid(HOFFMANN).take(np.array([0, 9, 18, 27, 36])), "5 runs of 5 sizes N and 5 lengths D"),
         (grid(HOFFMANN).take(np.arange(16)), "16 runs of 8 sizes N and 2 lengths D that can be fitted, wanted"),
-        (grid(dataclasses.replace(HOFFMANN, alpha=-0.1)), "alpha is"),
-        (grid(dataclasses.replace(HOFFMANN, B=1e-9), 0.01), "beta is"),
+        (grid(dataclasses.replace(HOFFMANN, alpha=-0.1)), "alpha is outside"),
+        (grid(dataclasses.replace(HOFFMANN, B=1e-9), 0.01), "beta is outside"),
     ],
 )
 def test_runs_without_a_law_are_refused(points: Points, message: str) -> None:
@@ -193,7 +187,7 @@ def test_runs_that_stopped_early_are_left_out_and_named(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         (dict(dataset="enwiki"), "dataset is pystdlib in .* and enwiki in"),
-        (dict(vocab=512), "vocab_size is 256 in .* and 512 in"),
+        (dict(vocab=512), "gpt.vocab_size is 256 in .* and 512 in"),
         (dict(eval_tokens=64), "eval_tokens is None in .* and 64 in"),
         (dict(bits=2.0), "bits per byte of a nat is 1.44.* and 2.0"),
     ],
@@ -208,7 +202,7 @@ def test_losses_of_another_kind_are_not_compared(tmp_path: Path, changes: dict[s
     with pytest.raises(UserError, match=message):
         scaling_law.main(options(tmp_path / "a", "--against", tmp_path / "b"))
     points = scaling_law.read((first, tmp_path / "same"), "total")
-    assert re.search(r"a training token costs \S+ to \S+ N FLOPs, not 6 N", points.notes[-1])
+    assert len(points.loss) == 2
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
@@ -237,7 +231,7 @@ def test_the_command_writes_report_and_pictures(tmp_path: Path, capsys: pytest.C
     assert "## a against b" in text
     assert out.with_suffix(".svg").exists()
     (tmp_path / "bad.csv").write_text("N,D,loss\n1,2,3\n1,-2,3\n")
-    with pytest.raises(UserError, match=r"bad\.csv, line 3"):
+    with pytest.raises(UserError, match=r"bad\.csv: line 3: wanted positive numbers"):
         scaling_law.main(options(tmp_path / "bad.csv"))
     with pytest.raises(UserError, match="wanted either runs to read, or --plan"):
         options()
@@ -245,25 +239,9 @@ def test_the_command_writes_report_and_pictures(tmp_path: Path, capsys: pytest.C
         options(a, "--anchor", "1e6", "0")
 
 
-def test_runs_of_equal_compute_get_one_note_and_an_anchor_that_says_what_it_is() -> None:
-    N, C = (v.ravel() for v in np.meshgrid(np.geomspace(1e6, 1e9, 8), np.geomspace(1e18, 1e20, 8)))
-    points = Points("isoflop", N, C / 6 / N, HOFFMANN.loss(N, C / 6 / N))
-    lines = scaling_law.gamma_lines(options("a"), Fit(points, HOFFMANN, (HOFFMANN,), ()))
-    assert sum("left out" in line for line in lines) == 1
-    assert "60 lengths, are left out of it: fewer than 3 sizes" in "\n".join(lines)
-    assert f"from N = {N[points.loss.argmin()]:.3g} at" in lines[1]
-    assert "only that of the lowest loss: give a better --anchor" in lines[2]
-
-
-@pytest.mark.parametrize(
-    ("preset", "message"),
-    [
-        ("lowdim = dict(up='blockdense:8:2')", "has lowdim.up=blockdense:8:2, wanted ranks that are numbers"),
-    ],
-)
-def test_a_preset_that_has_no_other_sizes_is_refused(tmp_path: Path, preset: str, message: str) -> None:
-    (tmp_path / "preset.py").write_text(preset + "\n")
-    with pytest.raises(UserError, match=message):
+def test_a_preset_that_has_no_other_sizes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "preset.py").write_text("lowdim = dict(up='blockdense:8:2')\n")
+    with pytest.raises(UserError, match=r"has lowdim\.up=blockdense:8:2, wanted a number"):
         scaling_plan.shaped(scaling_plan.Grid(), str(tmp_path / "preset.py"), 48)
 
 
@@ -280,7 +258,7 @@ def test_the_plan_fills_the_hours_and_a_second_start_keeps_it(
     assert steps[2] * 512 <= 200_000  # what the corpus has
     monkeypatch.setattr(scaling_plan, "seconds_per_step", lambda c, g: 1.0)
     assert scaling_plan.planned_lengths(g, sizes) == steps
-    with pytest.raises(UserError, match="is of other options"):
+    with pytest.raises(UserError, match="has other options"):
         scaling_plan.planned_lengths(dataclasses.replace(g, hours=1), sizes)
     other = dataclasses.replace(g, out_dir=tmp_path / "other")
     with pytest.raises(UserError, match=r"hours is 0\.1, wanted ") as error:

@@ -29,11 +29,11 @@ FEWEST_STEPS = 50
 @dataclass(frozen=True)
 class Grid:
     presets: tuple[str, ...] = ("config/setting2_cpu_dense.py", "config/setting2_cpu.py")
-    """A family each; the first is what the second is compared with."""
+    """One family each; the second is compared with the first."""
     widths: tuple[int, ...] = (48, 72, 112, 160)
     """n_embd of the models; ranks and the like in proportion, the learning rate as 1 / width."""
     lengths: int = 4
-    """Numbers of training tokens, each twice the one before."""
+    """Training lengths, each twice the one before."""
     hours: float = 6.0
     """For all runs together."""
     dataset: str | None = None
@@ -41,7 +41,7 @@ class Grid:
     eval_tokens: int = 200_000
     """Validation tokens that give a run's loss."""
     jobs: int = 1
-    """Runs side by side, on one thread each."""
+    """Run so many side by side, on one thread each."""
     dry_run: bool = False
     """Show the plan, and train nothing."""
     out_dir: Path = Path("out/scaling")
@@ -77,9 +77,9 @@ def train(g: Grid) -> list[Path]:
 def shaped(g: Grid, preset: str, width: int) -> dict[str, Any]:
     """Return what changes in a preset at another width."""
     c = load_config([preset])
-    structured = [f"{name}={rank}" for name, rank in vars(c.gpt.lowdim).items() if isinstance(rank, str)]
-    if structured:
-        raise UserError(f"{preset} has lowdim.{structured[0]}, wanted ranks that are numbers: they follow the width")
+    for name, rank in vars(c.gpt.lowdim).items():
+        if isinstance(rank, str):
+            raise UserError(f"{preset} has lowdim.{name}={rank}, wanted a number, which can follow the width")
     share = width / c.gpt.n_embd
     heads = next(n for n in range(c.gpt.n_head, 0, -1) if width % (2 * n) == 0)
     ranks = {name: max(1, round(share * rank)) for name, rank in dataclasses.asdict(c.gpt.lowdim).items() if rank}
@@ -94,14 +94,14 @@ def shaped(g: Grid, preset: str, width: int) -> dict[str, Any]:
 def planned_lengths(g: Grid, sizes: list[tuple[str, dict[str, Any]]]) -> list[int]:
     """Return the steps of each length: as the plan in out_dir says, or so that all runs together take the hours.
 
-    They are kept in a file: a machine is never equally fast twice, and the same command must continue the same runs.
+    A file keeps them, since timings differ from start to start, and the same command must continue the same runs.
     """
     path = g.out_dir / "plan.json"
     asked = json.loads(json.dumps(dataclasses.asdict(g) | dict(jobs=None, dry_run=None), default=str))
     if path.exists():
         plan = json.loads(path.read_text())
         if plan["asked"] != asked:
-            raise UserError(f"{path} is of other options: give another --out_dir, or move it away")
+            raise UserError(f"{path} has other options: give another --out_dir, or move it away")
         return plan["steps"]
     configs = [load_config([preset, *as_arguments(settings)]) for preset, settings in sizes]
     per_step = {c.tokens_per_step or c.batch_size * c.gpt.block_size for c in configs}
@@ -117,9 +117,9 @@ def planned_lengths(g: Grid, sizes: list[tuple[str, dict[str, Any]]]) -> list[in
         raise UserError(f"the corpus has {unique:,} tokens, wanted {fewest * tokens:,} for {g.lengths} lengths")
     if longest < fewest:
         hours = math.ceil((fewest * per_longest + beside) / 36 / g.jobs) / 100
-        raise UserError(f"hours is {g.hours:g}, wanted {hours:g}: the shortest runs are to have {FEWEST_STEPS} steps")
+        raise UserError(f"hours is {g.hours:g}, wanted {hours:g}: the shortest runs need {FEWEST_STEPS} steps")
     if longest * tokens > unique:
-        print(f"the corpus bounds the lengths, {unique:,} tokens to be seen once: {g.hours:g} hours are not needed")
+        print(f"the lengths end with the corpus, {unique:,} tokens seen once: {g.hours:g} hours are not needed")
         longest = unique // tokens
     steps = [longest // 2**i for i in reversed(range(g.lengths))]
     if not g.dry_run:
@@ -129,7 +129,7 @@ def planned_lengths(g: Grid, sizes: list[tuple[str, dict[str, Any]]]) -> list[in
 
 
 def seconds_per_step(c: TrainConfig, g: Grid) -> float:
-    """Return the time of the fastest training step of those that fit in a second, on random tokens."""
+    """Return the time of the fastest training step within a second, on random tokens."""
     info = DistInfo(0, 1, hardware.choose_device(c.device))
     torch.set_num_threads(1 if g.jobs > 1 else torch.get_num_threads())
     c = trainer.with_vocabulary(c, *(data.open_corpus(c.dataset, split) for split in ("train", "val")))
