@@ -76,7 +76,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_a_row_is_what_the_whole_model_does(runs: tuple[Path, Path], corpus: Path, which: int, ffn: list[str]) -> None:
     """The walk block by block against the model's own forward pass, caught at other places."""
     rows, _ = spectrum.measure(runs[which], spectrum.Options(runs, tokens=320), CPU)
-    assert {(row.layer, row.sublayer) for row in rows} == {(i, name) for i in range(2) for name in [*"qkvo", *ffn]}
+    assert {(row.layer, row.projection) for row in rows} == {(i, name) for i in range(2) for name in [*"qkvo", *ffn]}
     model = checkpoint.load_model(runs[which], CPU)[0]
     val = data.open_corpus(str(corpus), "val")
     idx, _ = data.eval_batch(val, 32, data.eval_windows(val, 32, 320))
@@ -87,7 +87,7 @@ def test_a_row_is_what_the_whole_model_does(runs: tuple[Path, Path], corpus: Pat
     model(idx)
     v = last.attn.v
     seen["v"] = seen["x"] @ dense_weight(v).T + (0 if v.bias is None else v.bias)
-    by_name = {row.sublayer: row for row in rows if row.layer == 1}
+    by_name = {row.projection: row for row in rows if row.layer == 1}
     for name in ("v", "o", "down"):
         s = np.linalg.svd(seen[name].flatten(0, 1).double().numpy(), compute_uv=False)
         p = s / s.sum()
