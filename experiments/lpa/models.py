@@ -1,4 +1,4 @@
-"""What the tables of the LPA paper (arXiv 2411.02063) compare, at three scales, with the figures it prints.
+"""List what the tables of the LPA paper (arXiv 2411.02063) compare, at three scales, with the figures it prints.
 
     paper   the paper's own models, data, lengths and rates (tables 9 and 10)
     gpu     its setting 2 at 130M, and a pair at 370M, one epoch of 63M tokens: an H200 takes minutes a run
@@ -34,16 +34,16 @@ class Scale:
     rates: tuple[float, ...]
     """Learning rates to try; none = those of the presets."""
     tune_share: float
-    """Length of a run that tries a rate, as a share of the whole."""
+    """Length of a run that tries a learning rate, as a share of the whole."""
     init: str
     prepare: str
     """The command that makes the corpus."""
     flops_per_second: dict[str, float]
-    """Sustained by one job, by dtype, to estimate hours."""
+    """What one job sustains, by dtype, to estimate hours."""
     warmup_share: float | None = None
-    """Of the steps; None = what the preset says."""
+    """Of the steps; None = as in the preset."""
     tokens: int | None = None
-    """Of a run; None = what the preset says."""
+    """Of a run; None = as in the preset."""
 
 
 SCALES = {
@@ -51,7 +51,7 @@ SCALES = {
         changes=dict(vocab_size=32000),
         rates=(),
         tune_share=0.1,
-        init="torch",  # as the authors' code has it
+        init="torch",  # as in the authors' code
         prepare="python -m data.wikitext103.prepare (setting 1), or the command in the preset (setting 2 and 3B)",
         flops_per_second=dict(float32=0.4 * 19.5e12, bfloat16=0.4 * 312e12),  # 40 % of an A100, by arithmetic
     ),
@@ -73,18 +73,16 @@ SCALES = {
         tune_share=0.3,  # a tenth, 295 steps, still depends on luck
         init="spectral",
         prepare="python -m data.own_text.prepare --path=ENWIKI_EXTRACT --name=enwiki_1k --tokenizer=bpe:1024",
-        flops_per_second=dict(
-            float32=40e9
-        ),  # one of two jobs on an idle 2-core EPYC: 16,000 tokens/s of the dense model
+        flops_per_second=dict(float32=40e9),  # one of two jobs on an idle 2-core EPYC: 16,000 tokens/s, dense
         warmup_share=0.05,
         tokens=20 * 302_000,
     ),
 }
 
 
-def low(attention: int = 0, ffn: int = 0, sublayers: str = "qkvo", gate: bool = True) -> dict[str, Any]:
-    """The ranks of all seven sublayers, so that a preset's own are gone."""
-    ranks = {name: attention if name in sublayers else 0 for name in "qkvo"}
+def low(attention: int = 0, ffn: int = 0, only: str = "qkvo", gate: bool = True) -> dict[str, Any]:
+    """Return the ranks of all seven projections, which replace those of a preset."""
+    ranks = {name: attention if name in only else 0 for name in "qkvo"}
     return dict(lowdim=ranks | dict(gate=ffn if gate else 0, up=ffn, down=ffn))
 
 
@@ -124,8 +122,8 @@ MODELS = {
         "LPA r=128": Model(low_relu(128), "293M", 13.03),
         "LPA r=64": Model(low_relu(64), "281M", 13.19),
         "LPA r=32": Model(low_relu(32), "274M", 13.82, "274.6M with the biases, 274.3M without; the paper prints 274M"),
-        "LPA K,V": Model(low(256, sublayers="kv"), "344M", 13.29),
-        "LPA Q,K,V": Model(low(256, sublayers="qkv"), "331M", 12.94),
+        "LPA K,V": Model(low(256, only="kv"), "344M", 13.29),
+        "LPA Q,K,V": Model(low(256, only="qkv"), "331M", 12.94),
         "low FFN": Model(low_relu(ffn=640), "325M", 14.12),
         "low all": Model(low_relu(320, 768), "318M", 13.14, COUNTED),
         "Attn Dim.": Model(dict(attn_dim=3072, n_head=24), "369M", 12.85, HEADS),
@@ -142,8 +140,8 @@ MODELS = {
         "LPA r=256": Model(low(256)),
         "LPA r=64": Model(low(64)),
         "LPA r=32": Model(low(32)),
-        "LPA K,V": Model(low(128, sublayers="kv")),
-        "LPA Q,K,V": Model(low(128, sublayers="qkv")),
+        "LPA K,V": Model(low(128, only="kv")),
+        "LPA Q,K,V": Model(low(128, only="qkv")),
         "Attn Dim.": Model(dict(attn_dim=3840, n_head=60), note=HEADS),
         "FFN Dim.": Model(dict(ffn_dim=2728)),
         "Layer Num.": Model(dict(n_layer=15)),
@@ -152,8 +150,8 @@ MODELS = {
         "Transformer": Model({}, "368M", 12.10),
         "same-param": Model(dict(n_layer=20), "318M", 12.33),
         "LPA": Model({}, "318M", 11.68),
-        "LPA K,V": Model(low(256, sublayers="kv"), "343M", 11.73),
-        "LPA Q,K,V": Model(low(256, sublayers="qkv"), "330M", 11.80),
+        "LPA K,V": Model(low(256, only="kv"), "343M", 11.73),
+        "LPA Q,K,V": Model(low(256, only="qkv"), "330M", 11.80),
         "low FFN": Model(low(ffn=560), "318M", 12.77),
         "low all": Model(low(384, 640), "314M", 12.68, OURS),
     },
@@ -169,8 +167,8 @@ MODELS = {
         "LPA": Model(low(16)),
         "LPA r=8": Model(low(8)),
         "LPA r=4": Model(low(4)),
-        "LPA K,V": Model(low(16, sublayers="kv")),
-        "LPA Q,K,V": Model(low(16, sublayers="qkv")),
+        "LPA K,V": Model(low(16, only="kv")),
+        "LPA Q,K,V": Model(low(16, only="qkv")),
         "low FFN": Model(low(ffn=36)),
         "low all": Model(low(24, 41)),
         "Attn Dim.": Model(low(16) | dict(attn_dim=192, n_head=12), note=HEADS),
@@ -234,7 +232,7 @@ SIZES = {
 
 
 def arms(table: str, scale: str) -> list[Arm]:
-    """The rows of a table of trained models ('1' ... '8', 'size'); none where the scale has no run for it."""
+    """Return the rows of a table ('1' ... '8', 'size'); none if the scale has no run for it."""
     if table == "size":
         return [row for shape in SIZES[scale] for row in pair(shape, scale)]
     return [arm(setting, name, scale) for setting, names in TABLES[table].get(scale, []) for name in names]
@@ -256,7 +254,7 @@ def paper_cell(setting: str, name: str) -> str:
 
 
 def pair(shape: tuple[int, int, int, int], scale: str) -> list[Arm]:
-    """A dense model and its LPA twin."""
+    """Return a dense model and its LPA twin."""
     n_layer, n_head, n_embd, ffn_dim = shape
     others = {"gpu": SHAPES["S2 370M"], "cpu": SHAPES["cpu"], "paper": {}}[scale]
     changes = others | dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, ffn_dim=ffn_dim)
@@ -264,22 +262,3 @@ def pair(shape: tuple[int, int, int, int], scale: str) -> list[Arm]:
     setting = f"{n_layer} x {n_embd}"
     twins = [("Transformer", {}), ("LPA", low(n_embd // 4))]
     return [Arm(setting, name, preset, changes | ranks) for name, ranks in twins]
-
-
-# Table 2: an evaluation step and, which the paper has not, a training step: bench.py's options by scale and setting.
-STEPS = {
-    "paper": {
-        "S1 130M": ["config/lpa_130m_s1.py", "--vocab_size=32000"],
-        "S1 370M": ["config/lpa_370m_s1.py", "--vocab_size=32000"],
-        "3B": ["config/lpa_3b.py", "--vocab_size=32000", "--batch_size=1", "--recompute=block"],
-    },
-    "cpu": {"cpu": ["config/lpa_cpu.py", "--vocab_size=1024"]},
-}
-STEPS["gpu"] = {name: [*flags, "--dtype=bfloat16"] for name, flags in STEPS["paper"].items()}
-
-# Milliseconds and memory that the paper's table 2 prints for an evaluation step: dense, LPA
-PAPER_STEPS = {
-    "S1 130M": "153.4 to 150.6 ms, 2302 to 2276 MiB",
-    "S1 370M": "351.0 to 322.9 ms, 4648 to 4464 MiB",
-    "3B": "6.923 to 6.066 s, 71.94 to 70.26 GiB",
-}
