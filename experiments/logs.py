@@ -1,4 +1,4 @@
-"""What the logs of runs tell: their points, what they cost, and what sets one run apart from another."""
+"""Read the logs of runs: their points, what they cost, and what distinguishes one run from another."""
 
 import json
 import math
@@ -14,15 +14,12 @@ from config import UserError
 
 # Options that change neither what is learned nor what it costs, so that no run is named by them.
 SILENT = {"out_dir", "resume", "wandb", "stop_step", "log_interval", "save_interval", "eval_interval"}
-
-
-class NothingYet(UserError):
-    """A log that is not there or has no points, which may come: --watch waits for it."""
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass
 class Run:
-    """What a log tells. `steps` and `evaluations` are its records, each with step, tokens and seconds."""
+    """Hold what a log says. `steps` and `evaluations` are its records, each with step, tokens and seconds."""
 
     path: Path
     options: dict[str, Any]
@@ -35,9 +32,9 @@ class Run:
     steps: list[dict[str, float]]
     evaluations: list[dict[str, float]]
     start: dict[str, Any]
-    """The record of its last start: versions, device, ranks, the parameter table in lines."""
+    """The record of its last start: versions, device, processes, the parameter table in lines."""
     samples: list[dict[str, Any]]
-    """Text that the model wrote at evaluations: each with step and sample."""
+    """Texts that the model wrote, each with step and sample."""
 
     @property
     def finished(self) -> bool:
@@ -45,62 +42,59 @@ class Run:
         return bool(self.evaluations) and self.evaluations[-1]["step"] >= last
 
     def points(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-        """The curve, (N,) each. Raises NothingYet where the log has no such point."""
+        """Return the curve, (N,) each. Raise UserError where the log has no such point."""
         records = self.steps if y == "loss" else self.evaluations
         if not records:
             what = "logged step" if y == "loss" else "evaluation"
-            raise NothingYet(f"{self.path} has no {what} yet: nothing to plot for --y={y}")
+            raise UserError(f"{self.path} has no {what} yet: nothing to plot for --y={y}")
         column = {"loss": "loss", "bits_per_byte": "val_bits_per_byte"}.get(y, "val_loss")
         ys = np.array([record[column] for record in records])
         xs = np.array([record["seconds" if x == "seconds" else "tokens"] for record in records], dtype=float)
         return xs * (self.flops_per_token if x == "flops" else 1), np.exp(ys) if y == "perplexity" else ys
 
     def bits_per_nat(self) -> float | None:
-        """Bits per byte of a loss of one nat per token: the same where a token is the same amount of text."""
+        """Return bits per byte of a loss of one nat per token: equal where tokens stand for the same amount of text."""
         losses = [(e["val_bits_per_byte"], e["val_loss"]) for e in self.evaluations if e["val_loss"]]
         return losses[-1][0] / losses[-1][1] if losses else None
 
-
-def log_of(path: Path) -> Path:
-    return path if path.suffix == ".jsonl" else path / "log.jsonl"
+    def ranks(self) -> dict[int, list[str]]:
+        """Return each rank with the projections that have it; dense ones are left out."""
+        found: dict[int, list[str]] = {}
+        for name in PROJECTIONS:
+            if rank := self.options.get(f"gpt.lowdim.{name}"):
+                found.setdefault(rank, []).append(name)
+        return found
 
 
 def read_run(path: Path) -> Run:
-    """The log of a run, which may be in the middle of its last line. Raises UserError where it is not one of ours."""
-    log = log_of(path)
+    """Read the log of a run, which may still be written. Raise UserError where it is not one of ours."""
+    log = path if path.suffix == ".jsonl" else path / "log.jsonl"
     try:
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
-        raise NothingYet(f"no {log}: wanted a run folder that train.py has written") from None
+        raise UserError(f"no {log}: wanted a run folder that train.py has written") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {log}: {error}") from None
-    if lines and not lines[-1].endswith("\n"):
-        lines = lines[:-1]
-    if not lines:
-        raise NothingYet(f"{log} is empty")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-            records[-1]["step"]
+            record = json.loads(line)
+            record["step"]
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
                 raise UserError(f"{log}, line {number}, is not a record of a run: {line.strip()[:60]!r}") from None
-            records = records[: number - 1]
-    return as_run(log, records)
-
-
-def as_run(log: Path, records: list[dict[str, Any]]) -> Run:
+        else:
+            records.append(record)
     starts = [record for record in records if "options" in record]
     if not starts:
         raise UserError(f"{log} does not begin with the options of a run")
-    start = starts[-1]  # the last one, where a run was resumed
+    start = starts[-1]  # where a run was resumed, the last one
     title = "".join(start["parameters"][:1])
     counts = re.search(r"([\d,]+) parameters, ([\d,]+) of them in the blocks, ([\d,]+) FLOPs per token forward", title)
     if not counts:
-        raise UserError(f"{log} does not tell the parameters and FLOPs of its model as lpa.counts.table does")
+        raise UserError(f"{log} does not give the parameters and FLOPs of its model as lpa.counts.table does")
     parameters, in_blocks, flops = (int(count.replace(",", "")) for count in counts.groups())
-    # What was not finite is null in the log.
+    # A loss that was not finite is null in the log.
     steps = [record for record in records if record.get("loss") is not None]
     place = {0: dict(tokens=0, seconds=0.0)} | {record["step"]: record for record in steps}
     evaluations = [
@@ -108,9 +102,9 @@ def as_run(log: Path, records: list[dict[str, Any]]) -> Run:
         for record in records
         if record.get("val_loss") is not None and record["step"] in place
     ]
-    flat = flatten(start["options"]) | dict(device=start["device"])
+    options = flatten(start["options"]) | dict(device=start["device"])
     samples = [record for record in records if isinstance(record.get("sample"), str)]
-    return Run(log, flat, 3 * flops, parameters, in_blocks, steps, evaluations, start, samples)
+    return Run(log, options, 3 * flops, parameters, in_blocks, steps, evaluations, start, samples)
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -121,7 +115,7 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def require_common_axis(runs: list[Run], y: str) -> None:
-    """Raises UserError where a nat per token is not the same in all runs."""
+    """Raise UserError where a nat per token is not the same in all runs."""
     if y == "bits_per_byte":
         return
     advice = "their nats per token cannot be compared; use --y=bits_per_byte"
@@ -130,17 +124,16 @@ def require_common_axis(runs: list[Run], y: str) -> None:
         a, b = first.bits_per_nat(), run.bits_per_nat()
         if a is not None and b is not None and not math.isclose(a, b, rel_tol=1e-6):
             a, b = a * math.log(2), b * math.log(2)
-            seen = f"{first.path} has {a:.3g} tokens a byte, {run.path} {b:.3g}"
-            raise UserError(f"{seen}: {advice}")
+            raise UserError(f"{first.path} has {a:.3g} tokens per byte, {run.path} {b:.3g}: {advice}")
         sizes = [r.options["gpt.vocab_size"] for r in (first, run)]
         if sizes[0] != sizes[1]:
-            raise UserError(f"{first.path} has {sizes[0]} kinds of token, {run.path} {sizes[1]}: {advice}")
+            raise UserError(f"{first.path} has a vocab_size of {sizes[0]}, {run.path} of {sizes[1]}: {advice}")
 
 
 def name_runs(options: list[dict[str, Any]], silent: set[str]) -> list[str]:
-    """Flat options of runs -> for each what sets it apart: 'dense, seed=2', 'LPA r=48'.
+    """Return for the flat options of each run what distinguishes it: 'dense, seed=2', 'LPA r=48'.
 
-    Where more than half of the runs share a value, only the others say theirs; ranks are always said.
+    Where more than half of the runs share a value, only the others show theirs; ranks are always shown.
     """
     names = {name: None for flat in options for name in flat if name not in silent}  # a set that keeps its order
     usual = {name: Counter(str(flat.get(name)) for flat in options).most_common(1)[0] for name in names}
@@ -149,27 +142,19 @@ def name_runs(options: list[dict[str, Any]], silent: set[str]) -> list[str]:
     if any("lowdim" in name for name in differing):
         parts = [[describe_ranks(flat)] for flat in options]
     for name in differing:
-        for flat, said in zip(options, parts):
+        for flat, part in zip(options, parts):
             value = flat.get(name)
             if "lowdim" not in name and (str(value) != usual[name][0] or usual[name][1] <= len(options) / 2):
                 shown = f"{value:g}" if isinstance(value, float) else value
-                said.append(f"{name.rpartition('.')[2]}={shown}")
-    return [", ".join(said) for said in parts]
-
-
-def ranks(flat: dict[str, Any]) -> dict[int, list[str]]:
-    """Rank -> the sublayers that have it, dense ones left out."""
-    found: dict[int, list[str]] = {}
-    for name in ("q", "k", "v", "o", "gate", "up", "down"):
-        if rank := flat.get(f"gpt.lowdim.{name}"):
-            found.setdefault(rank, []).append(name)
-    return found
+                part.append(f"{name.rpartition('.')[2]}={shown}")
+    return [", ".join(part) for part in parts]
 
 
 def describe_ranks(flat: dict[str, Any]) -> str:
-    return ", ".join(f"{describe(sublayers)} r={rank}" for rank, sublayers in ranks(flat).items()) or "dense"
-
-
-def describe(sublayers: list[str]) -> str:
-    """The sublayers that are low-rank, as a name: the paper's, where they are its four."""
-    return "LPA" if sublayers == ["q", "k", "v", "o"] else f"low {','.join(sublayers)}"
+    """Return 'LPA r=48', 'low k,v r=4', ... or 'dense'."""
+    ranks = {name: flat.get(f"gpt.lowdim.{name}") for name in PROJECTIONS}
+    parts = []
+    for rank in dict.fromkeys(filter(None, ranks.values())):
+        which = ",".join(name for name in PROJECTIONS if ranks[name] == rank)
+        parts.append(f"{'LPA' if which == 'q,k,v,o' else f'low {which}'} r={rank}")
+    return ", ".join(parts) or "dense"

@@ -1,17 +1,14 @@
-"""Curves of any runs, as the paper's figures 2 and 3, and perplexity against rank, from their log.jsonl.
+"""Plot curves of any runs from their logs, as the paper's figures 2 and 3, and perplexity against rank.
 
     python -m experiments.plot out/dense out/lpa --out=results/curves            training loss against tokens
-    python -m experiments.plot out/*_cpu --x=flops --y=bits_per_byte --watch     drawn again while a run goes on
+    python -m experiments.plot out/*_cpu --x=flops --y=bits_per_byte
     python -m experiments.plot out/dense out/r16 out/r64 --x=rank --y=perplexity
 
-A run is named by what sets it apart from the others, and runs that differ in nothing but their seed become one curve,
-their mean, in a band from the lowest to the highest. Writes a PNG and an SVG.
+Each run is named by the options that distinguish it from the others. Runs that differ only in their seed become one
+curve, their mean, with a band from the lowest to the highest. Writes a PNG and an SVG.
 """
 
-import contextlib
-import os
 import sys
-import time
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -21,18 +18,7 @@ import numpy as np
 import tyro
 
 from config import UserError, parse, user_errors
-from experiments.logs import (
-    SILENT,
-    NothingYet,
-    Run,
-    describe,
-    describe_ranks,
-    log_of,
-    name_runs,
-    ranks,
-    read_run,
-    require_common_axis,
-)
+from experiments.logs import SILENT, Run, describe_ranks, name_runs, read_run, require_common_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +36,6 @@ Y = {
     "perplexity": "validation perplexity (per token)",
     "bits_per_byte": "validation loss (bits per byte)",
 }
-WATCH_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -58,19 +43,17 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, or log.jsonl files of any name."""
     x: Literal["tokens", "flops", "seconds", "rank"] = "tokens"
-    """For rank, y is that of each run's last evaluation, and dense runs are level lines."""
+    """rank: y is from each run's last evaluation, and dense runs are horizontal lines."""
     y: Literal["loss", "val_loss", "perplexity", "bits_per_byte"] = "loss"
     out: Path = Path("results/curves")
-    """Where OUT.png and OUT.svg go."""
+    """Write OUT.png and OUT.svg."""
     smooth: float | None = None
-    """The training loss is the mean over this share of the longest curve, 0 = as logged, one batch a point; None = 2 %,
-    and of a short log 20 points, but at most a fifth."""
+    """Average the training loss over this share of the longest curve; 0 = as logged; None = 2 %, or 20 points of a
+    short log."""
     y_max: float | None = None
-    """Top of the axis; None = where the slowest curve is after a tenth of the longest, or at its own end."""
+    """Top of the axis; None = the highest curve after a tenth of the longest."""
     each_seed: bool = False
-    """A curve for each run, those that differ only in their seed too."""
-    watch: bool = False
-    """Draw again whenever a log has grown, until all runs are at their last step."""
+    """Draw a curve for each run, also for those that differ only in their seed."""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -82,25 +65,15 @@ class Options:
 
 
 def main(o: Options) -> None:
-    if not o.watch:
-        draw(o, [read_run(path) for path in o.runs])
-        return
-    drawn, told = None, None
-    while True:
-        sizes = [log_of(path).stat().st_size if log_of(path).exists() else 0 for path in o.runs]
-        if sizes != drawn:
-            drawn = sizes
-            try:
-                runs = [read_run(path) for path in o.runs]
-                draw(o, runs)
-            except NothingYet as error:
-                if str(error) != told:
-                    told = str(error)
-                    print(f"waiting: {error}", flush=True)
-            else:
-                if all(run.finished for run in runs):
-                    return
-        time.sleep(WATCH_SECONDS)
+    runs = [read_run(path) for path in o.runs]
+    require_common_axis(runs, o.y)
+    figure, axes = new_figure(7.2, 4.2 + 0.1 * len(runs))
+    if o.x == "rank":
+        draw_ranks(o, runs, axes[0, 0])
+    else:
+        draw_curves(o, *make_curves(o, runs), axes[0, 0])
+    add_legend(figure, axes[0, 0])
+    save(figure, o.out)
 
 
 # --- Curves --------------------------------------------------------------------------------------------------------
@@ -108,7 +81,7 @@ def main(o: Options) -> None:
 
 @dataclass
 class Curve:
-    """One line of the picture: what it is called, and (N,) each of x, the mean of its runs, the lowest, the highest."""
+    """One line of the plot: its name, and (N,) each of x, the mean of its runs, the lowest, the highest."""
 
     name: str
     x: np.ndarray
@@ -118,7 +91,7 @@ class Curve:
 
 
 def group(o: Options, runs: list[Run]) -> dict[str, list[Run]]:
-    """Name -> the runs that it stands for: those that differ in their seed alone, or one."""
+    """Return each name with its runs: those that differ only in their seed, or one."""
     silent = SILENT | (set() if o.x == "seconds" else {"device", "compile", "recompute"})
     names = name_runs([run.options for run in runs], silent | (set() if o.each_seed else {"seed"}))
     groups: dict[str, list[Run]] = {}
@@ -130,7 +103,7 @@ def group(o: Options, runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def make_curves(o: Options, runs: list[Run]) -> tuple[list[Curve], float]:
-    """The curves, and the width of the running mean in units of x; 0 where y is not noisy."""
+    """Return the curves, and the width of the running mean in units of x; 0 where y is not noisy."""
     xs = max((run.points(o.x, o.y)[0] for run in runs), key=lambda xs: xs[-1])  # of the longest
     share = max(0.02, min(0.2, 20 / len(xs))) if o.smooth is None else o.smooth
     width = share * xs[-1] if o.y == "loss" else 0.0
@@ -138,7 +111,7 @@ def make_curves(o: Options, runs: list[Run]) -> tuple[list[Curve], float]:
     curves = []
     for name, members in group(o, runs).items():
         points = [run.points(o.x, o.y) for run in members]
-        # The seeds' clocks differ, their steps do not: they meet where all have seen as many tokens.
+        # The seconds of the seeds differ, their steps do not: average where all have seen as many tokens.
         tokens = [run.points("tokens", o.y)[0] for run in members]
         shared = [np.isin(t, reduce(np.intersect1d, tokens)) for t in tokens]
         if not shared[0].any():
@@ -153,9 +126,9 @@ def make_curves(o: Options, runs: list[Run]) -> tuple[list[Curve], float]:
 
 
 def running_mean(x: np.ndarray, y: np.ndarray, width: float) -> np.ndarray:
-    """The mean of the points at most width / 2 from each; near the first one, of no more after it than before.
+    """Return the mean of the points at most width / 2 from each; near the first one, of as much after as before it.
 
-    A mean that looked only ahead would show the steep beginning too low.
+    Otherwise the steep beginning would be drawn too low.
     """
     half = np.minimum(width / 2, x - x[0])
     first, last = np.searchsorted(x, x - half, "left"), np.searchsorted(x, x + half, "right")
@@ -163,42 +136,38 @@ def running_mean(x: np.ndarray, y: np.ndarray, width: float) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def by_rank(o: Options, runs: list[Run]) -> tuple[dict[str, list[tuple[int, np.ndarray]]], dict[str, np.ndarray]]:
-    """Series of low-rank runs, name -> [(rank, y of each seed), ...], and the dense ones, name -> y of each seed.
+def by_rank(o: Options, runs: list[Run]) -> dict[str, list[tuple[int, np.ndarray]]]:
+    """Return series by name: [(rank, y of each seed), ...], with rank 0 for dense runs.
 
-    Raises UserError where a run has several ranks, or no run has one.
+    Raise UserError where a run has several ranks, or no run has one.
     """
-    low: dict[str, list[tuple[int, np.ndarray]]] = {}
-    dense: dict[str, np.ndarray] = {}
-    without_ranks = SILENT | {"device", "compile", "recompute", "seed"}
-    without_ranks |= {name for run in runs for name in run.options if "lowdim" in name}
-    others = name_runs([run.options for run in runs], without_ranks)
-    series = {id(run): other for run, other in zip(runs, others)}
+    series: dict[str, list[tuple[int, np.ndarray]]] = {}
+    silent = SILENT | {"device", "compile", "recompute", "seed"}
+    silent |= {name for run in runs for name in run.options if "lowdim" in name}
+    others = dict(zip([run.path for run in runs], name_runs([run.options for run in runs], silent)))
     for members in group(o, runs).values():
-        first, other = members[0], series[id(members[0])]
-        last = np.array([run.points("tokens", o.y)[1][-1] for run in members])
-        found = ranks(first.options)
-        if len(found) > 1:
+        first = members[0]
+        if len(first.ranks()) > 1:
             raise UserError(f"{first.path} has {describe_ranks(first.options)}: no single rank for --x=rank")
-        for rank, sublayers in found.items():
-            low.setdefault(", ".join(filter(None, [describe(sublayers), other])), []).append((rank, last))
-        if not found:
-            dense[", ".join(filter(None, ["dense", other]))] = last
-    if not low:
+        rank = next(iter(first.ranks()), 0)
+        name = ", ".join(filter(None, [describe_ranks(first.options).partition(" r=")[0], others[first.path]]))
+        last = np.array([run.points("tokens", o.y)[1][-1] for run in members])
+        series.setdefault(name, []).append((rank, last))
+    if not any(rank for points in series.values() for rank, _ in points):
         raise UserError("no run has a low-rank projection, wanted one or more for --x=rank")
-    return {name: sorted(points, key=lambda point: point[0]) for name, points in low.items()}, dense
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in series.items()}
 
 
 # --- Drawing -------------------------------------------------------------------------------------------------------
 
-# Dark to light by turns, so that neighbours differ in grey too; a line style and a marker besides.
+# Dark and light in turns, so that neighbours also differ in grey.
 COLOURS = ("#000000", "#e69f00", "#0072b2", "#56b4e9", "#7b3294", "#d55e00", "#009e73")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", "*")
 
 
 def style(number: int) -> dict[str, Any]:
-    """Colour, line and marker of the curve of this number; the three cycles differ, so that 252 curves do."""
+    """Return colour, line and marker of a curve; the three cycles have different lengths, so 252 curves differ."""
     return dict(
         color=COLOURS[number % len(COLOURS)],
         linestyle=LINES[number % len(LINES)],
@@ -208,26 +177,14 @@ def style(number: int) -> dict[str, Any]:
     )
 
 
-def draw(o: Options, runs: list[Run]) -> None:
-    require_common_axis(runs, o.y)
-    figure, axes = new_figure(7.2, 4.2 + 0.1 * len(runs))
-    axes = axes[0, 0]
-    if o.x == "rank":
-        draw_ranks(o, runs, axes)
-    else:
-        draw_curves(o, *make_curves(o, runs), axes)
-    add_legend(figure, axes)
-    save(figure, o.out)
-
-
 def draw_curves(o: Options, curves: list[Curve], width: float, axes: "Axes") -> None:
-    """What make_curves gives, with the labels of both axes."""
+    """Draw what make_curves returns, with the labels of both axes."""
     from matplotlib.ticker import EngFormatter
 
     longest = max(curve.x[-1] for curve in curves)
     for number, curve in enumerate(curves):
         look = style(number)
-        # About eight markers a curve, at other places on each.
+        # About eight markers per curve, at different places on each
         apart = max(1, len(curve.x) // 8)
         axes.plot(curve.x, curve.y, label=curve.name, markevery=(number * apart // 3 % apart, apart), **look)
         if (curve.high > curve.low).any():
@@ -237,8 +194,8 @@ def draw_curves(o: Options, curves: list[Curve], width: float, axes: "Axes") -> 
     else:
         starts = [min(np.searchsorted(curve.x, longest / 10), len(curve.x) - 1) for curve in curves]
         seen = np.concatenate([curve.y[start:] for curve, start in zip(curves, starts)])
-        room = 0.06 * (seen.max() - seen.min()) or 0.05 * abs(seen.max()) or 1.0
-        axes.set_ylim(min(curve.low.min() for curve in curves) - room, seen.max() + room)
+        margin = 0.06 * (seen.max() - seen.min()) or 0.05 * abs(seen.max()) or 1.0
+        axes.set_ylim(min(curve.low.min() for curve in curves) - margin, seen.max() + margin)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" " if o.x == "flops" else ""))
     shown = EngFormatter(sep="")(float(f"{width:.3g}"))
@@ -248,44 +205,42 @@ def draw_curves(o: Options, curves: list[Curve], width: float, axes: "Axes") -> 
 
 
 def draw_ranks(o: Options, runs: list[Run], axes: "Axes") -> None:
-    """Mean and, over several seeds, standard deviation; a dense run is a level line."""
+    """Draw mean and standard deviation over seeds against rank; a dense run is a horizontal line."""
     from matplotlib.ticker import NullLocator
 
-    low, dense = by_rank(o, runs)
-    several = False
-    for number, (name, points) in enumerate(low.items()):
+    series = by_rank(o, runs)
+    for number, (name, points) in enumerate(series.items()):
+        look = style(number)
         means = [y.mean() for _, y in points]
-        spread = [y.std(ddof=1) if len(y) > 1 else 0.0 for _, y in points]
-        several |= any(spread)
-        axes.errorbar([rank for rank, _ in points], means, spread, label=name, capsize=4, **style(number))
-    for number, (name, y) in enumerate(dense.items(), start=len(low)):
-        look = style(number) | dict(marker="")
-        axes.axhline(y.mean(), label=name, **look)
-        if len(y) > 1:
-            several, spread = True, y.std(ddof=1)
-            axes.axhspan(y.mean() - spread, y.mean() + spread, color=look["color"], alpha=0.15, linewidth=0)
+        stds = [y.std(ddof=1) if len(y) > 1 else 0.0 for _, y in points]
+        if points[0][0] == 0:
+            axes.axhline(means[0], label=name, **look | dict(marker=""))
+            axes.axhspan(means[0] - stds[0], means[0] + stds[0], color=look["color"], alpha=0.15, linewidth=0)
+        else:
+            axes.errorbar([rank for rank, _ in points], means, stds, label=name, capsize=4, **look)
     axes.set_xlabel(X[o.x])
     axes.set_xscale("log", base=2)
-    every_rank = sorted({rank for points in low.values() for rank, _ in points})
-    axes.set_xticks(every_rank, [str(rank) for rank in every_rank])
+    ranks = sorted({rank for points in series.values() for rank, _ in points if rank})
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.xaxis.set_minor_locator(NullLocator())
+    several = any(len(y) > 1 for points in series.values() for _, y in points)
     axes.set_ylabel(Y[o.y] + ("\nmean and standard deviation over seeds" if several else ""))
     for run in runs:
         if not run.finished:
-            print(f"note: {run.path} is not at its last step; what is shown is its last evaluation so far")
+            print(f"note: {run.path} is not at its last step; its last evaluation so far is shown")
 
 
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, sharey: Literal["none", "row"] = "none"
 ) -> tuple["Figure", np.ndarray]:
-    """A figure of that size in inches and its axes (rows, columns). Raises UserError without matplotlib."""
+    """Return a figure of this size in inches and its axes (rows, columns). Raise UserError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("pictures need a package: pip install 'matplotlib>=3.8,<4'") from None
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = "lpa"  # the same picture is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "lpa"  # the same plot gives the same file
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     for ax in axes.flat:
@@ -295,26 +250,25 @@ def new_figure(
 
 
 def add_legend(figure: "Figure", axes: "Axes") -> None:
-    """Above the axes, where it hides no curve; the keys are long enough to show the line's style."""
+    """Put the legend above the axes, where it hides no curve."""
     handles, names = axes.get_legend_handles_labels()
-    # An inch holds about 14 letters of this size, and a key with its room takes as much as 12.
+    # An inch holds about 14 letters of this size, and a key takes as much space as 12.
     columns = max(1, int(14 * figure.get_figwidth() / (max(map(len, names)) + 12)))
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=4)
 
 
 def save(figure: "Figure", out: Path) -> None:
-    """OUT.png and OUT.svg, each with its old contents or the new ones, for whoever looks while it is drawn again."""
+    """Write OUT.png and OUT.svg."""
     stem = str(out.with_suffix("") if out.suffix in (".png", ".svg") else out)
     try:
         Path(stem).parent.mkdir(parents=True, exist_ok=True)
-        for kind, options in (("png", dict(dpi=150)), ("svg", dict(metadata={"Date": None}))):
-            figure.savefig(f"{stem}.{kind}.tmp", format=kind, **options)
-            os.replace(f"{stem}.{kind}.tmp", f"{stem}.{kind}")
+        figure.savefig(f"{stem}.png", dpi=150)
+        figure.savefig(f"{stem}.svg", metadata={"Date": None})
     except OSError as error:
         raise UserError(f"cannot write {stem}.png: {error.strerror}") from None
     print(f"wrote {stem}.png and {stem}.svg", flush=True)
 
 
 if __name__ == "__main__":
-    with user_errors(), contextlib.suppress(KeyboardInterrupt):
+    with user_errors():
         main(parse(sys.argv[1:], Options, __doc__))

@@ -105,10 +105,12 @@ def test_runs_are_named_by_what_sets_them_apart() -> None:
 def test_perplexity_against_rank(tmp_path: Path) -> None:
     runs = [write_log(tmp_path / f"{rank}_{seed}", rank, seed=seed) for rank in (8, 4, 0) for seed in (1, 2)]
     o = options(*runs, "--x=rank", "--y=perplexity")
-    low, dense = plot.by_rank(o, [logs.read_run(path) for path in o.runs])
-    assert [rank for rank, _ in low["LPA"]] == [4, 8]
-    for y in (low["LPA"][0][1], low["LPA"][1][1], dense["dense"]):
+    series = plot.by_rank(o, [logs.read_run(path) for path in o.runs])
+    assert {name: [rank for rank, _ in points] for name, points in series.items()} == {"LPA": [4, 8], "dense": [0]}
+    for y in (y for points in series.values() for _, y in points):
         np.testing.assert_allclose(y, np.exp([3.8, 3.9]))
+    plot.main(options(*runs, "--x=rank", "--y=perplexity", f"--out={tmp_path}/rank"))
+    assert b"mean and standard deviation over seeds" in (tmp_path / "rank.svg").read_bytes()
     with pytest.raises(UserError, match="no run has a low-rank projection"):
         plot.main(options(runs[4], runs[5], "--x=rank", "--y=perplexity"))
     with pytest.raises(UserError, match="y is loss, wanted val_loss, perplexity or bits_per_byte"):
@@ -154,12 +156,12 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     empty.write_text("")
     for arguments, message in (
         ([tmp_path / "nothing"], "no .*nothing/log.jsonl: wanted a run folder"),
-        ([empty], "empty.jsonl is empty"),
-        ([good, other], "has 1 tokens a byte, .*other/log.jsonl 0.25: .*use --y=bits_per_byte"),
-        ([good, unevaluated], "256 kinds of token, .* 512: .*use --y=bits_per_byte"),
+        ([empty], "empty.jsonl does not begin with the options of a run"),
+        ([good, other], "has 1 tokens per byte, .*other/log.jsonl 0.25: .*use --y=bits_per_byte"),
+        ([good, unevaluated], "a vocab_size of 256, .* of 512: .*use --y=bits_per_byte"),
         ([unevaluated, "--y=val_loss"], "unevaluated/log.jsonl has no evaluation yet"),
         ([broken], "line 35, is not a record of a run"),
-        ([old], "does not tell the parameters and FLOPs"),
+        ([old], "does not give the parameters and FLOPs"),
         ([foreign], "does not begin with the options of a run"),
     ):
         with pytest.raises(UserError, match=message) as error:
@@ -173,13 +175,3 @@ def test_without_matplotlib_the_message_names_the_install_line(tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install 'matplotlib"):
         plot.main(options(run, f"--out={tmp_path}/curves"))
-
-
-def test_watch_waits_draws_again_and_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run appears, grows, and ends, one each time that the watcher sleeps."""
-    stages = iter([dict(steps=5), dict(steps=20), dict(steps=30)])
-    drawn = []
-    monkeypatch.setattr(plot.time, "sleep", lambda _: write_log(tmp_path / "a", **next(stages)))
-    monkeypatch.setattr(plot, "draw", lambda o, runs: drawn.append(len(runs[0].points(o.x, o.y)[0])))
-    plot.main(options(tmp_path / "a", "--y=val_loss", "--watch"))
-    assert drawn == [2, 3]

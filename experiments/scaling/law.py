@@ -29,7 +29,7 @@ import tyro
 import data
 from config import UserError, parse, user_errors
 from experiments import plot
-from experiments.logs import NothingYet, Run, read_run
+from experiments.logs import Run, read_run
 from experiments.scaling import plan as runs_plan
 from experiments.scaling.fit import Fit, Law, Points, compare, fit, gamma_of_runs
 from experiments.sweep import markdown_table
@@ -109,7 +109,7 @@ def read(paths: tuple[Path, ...], count: str) -> Points:
         for log in logs:
             try:
                 run = read_run(log.parent)
-            except NothingYet as error:
+            except UserError as error:
                 notes.append(f"left out: {error}")
                 continue
             last, steps = run.evaluations[-1] if run.evaluations else dict(step=0), run.options["max_steps"]
