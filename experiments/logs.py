@@ -89,8 +89,8 @@ def read_run(path: Path) -> Run:
     if not starts:
         raise UserError(f"{log} does not begin with the options of a run")
     start = starts[-1]  # where a run was resumed, the last one
-    title = "".join(start["parameters"][:1])
-    counts = re.search(r"([\d,]+) parameters, ([\d,]+) of them in the blocks, ([\d,]+) FLOPs per token forward", title)
+    pattern = r"([\d,]+) parameters, ([\d,]+) of them in the blocks, ([\d,]+) FLOPs (?:per|a) token forward"
+    counts = re.search(pattern, "".join(start["parameters"][:1]))
     if not counts:
         raise UserError(f"{log} does not give the parameters and FLOPs of its model as lpa.counts.table does")
     parameters, in_blocks, flops = (int(count.replace(",", "")) for count in counts.groups())
