@@ -1,18 +1,15 @@
-"""The standing list of bench.py: what it measures on a CPU and on a GPU, and where the figures are kept.
+"""Run the standard list of benchmarks for a CPU or a GPU, and keep the figures.
 
-    python -m experiments.speed.suite                      results/cpu2.json or results/h200.json, and a .md beside it
-    python -m experiments.speed.suite --out_dir=out        elsewhere
+    python -m experiments.speed.suite --out=results/epyc        writes results/epyc.json and results/epyc.md
 
-Each row is a bench.py command that anyone can run by hand, in a process of its own. The file is written after each row,
-so the same command continues where it was stopped. A row that is there is skipped if it was measured on the same kind
-of device with the same Python, torch and transformers. To measure a row again after a change of the code, delete it
-from the file, or the file.
+Each row is a bench.py command that anyone can run by hand, in a process of its own. The files are written after each
+row, so the same command continues where it was stopped: a row is skipped if it was measured on the same kind of device
+with the same Python, torch and transformers. To measure again after a change of the code, delete the .json file.
 """
 
 import datetime
 import json
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -24,15 +21,16 @@ from typing import Any
 
 import torch
 
-from config import UserError, parse, user_errors
-from lpa import checkpoint, hardware
+from bench import BenchConfig
+from config import UserError, load_config, parse, user_errors
+from lpa import checkpoint, counts, hardware
 
 SIZES = ("cpu", "130m_s1", "370m_s1", "130m", "370m", "3b")  # of the presets
 RANKS = "--lowdim.q=256 --lowdim.k=256 --lowdim.v=256 --lowdim.o=256"
 STEP = f"--n_layer=4 --n_embd=1024 --n_head=16 --block_size=512 --vocab_size=8192 --batch_size=2 {RANKS}"
 LPA_130M, LPA_370M, LPA_3B = (f"config/lpa_{size}.py --vocab_size=32000" for size in ("130m", "370m", "3b"))
 LPA_370M += " --block_size=1024"
-T1024 = f"{LPA_370M} --recompute=none"  # as transformers has it
+T1024 = f"{LPA_370M} --recompute=none"  # as in transformers
 
 
 def cpu_rows() -> list[str]:
@@ -87,48 +85,36 @@ def gpu_rows() -> list[str]:
 
 @dataclass(frozen=True)
 class Options:
-    out_dir: Path = Path("results")
+    out: Path = Path("results/suite")
     device: str = "auto"
 
 
 def main(o: Options) -> None:
     device = hardware.choose_device(o.device)
-    rows = gpu_rows() if device.type == "cuda" else cpu_rows()
-    if o.device != "auto":
-        rows = [f"{row} --device={o.device}" for row in rows]
-    measure(rows, o.out_dir / f"{short_name(device)}.json", device)
+    measure(gpu_rows() if device.type == "cuda" else cpu_rows(), o.out, device)
 
 
-def short_name(device: torch.device) -> str:
-    """Return 'h200' of NVIDIA H200, 'a100' of NVIDIA A100-SXM4-80GB; 'cpu2' of a CPU that we use two threads of."""
-    if device.type == "cuda":
-        words = re.split(r"[ -]", torch.cuda.get_device_name(device).lower())
-        return next((word for word in words if re.search(r"\d", word)), words[-1])
-    return f"cpu{torch.get_num_threads()}" if device.type == "cpu" else device.type
-
-
-def measure(rows: list[str], path: Path, device: torch.device) -> None:
-    """Run each row that path does not hold yet. Raise UserError at the end where some failed; the others are kept."""
+def measure(rows: list[str], out: Path, device: torch.device) -> None:
+    """Run each row that the files do not hold yet. Raise UserError at the end if some failed; the others are kept."""
     machine = dict(device=hardware.describe(device), python=platform.python_version())
     machine |= {name: version(name) for name in ("torch", "transformers")}
-    commands, kept, failed = [f"python bench.py {row}" for row in rows], read(path), []
-    for number, command in enumerate(commands, 1):
-        if any(old["command"] == command and old["machine"] == machine for old in kept):
+    path = out.with_suffix(".json")
+    kept, failed = read(path), []
+    for number, row in enumerate(rows, 1):
+        if any(old["row"] == row and old["machine"] == machine for old in kept):
             continue
-        print(f"{number} of {len(rows)}: {command}", flush=True)
+        print(f"{number} of {len(rows)}: python bench.py {row}", flush=True)
         start = time.perf_counter()
-        call = [sys.executable, *shlex.split(command)[1:], "--json"]
+        call = [sys.executable, "bench.py", *shlex.split(row), f"--device={device.type}", "--json"]
         done = subprocess.run(call, capture_output=True, text=True)
         if done.returncode:
-            failed.append(f"{command}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+            failed.append(f"{row}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
             print(failed[-1], flush=True)
             continue
-        new = dict(command=command, date=str(datetime.date.today()), seconds=round(time.perf_counter() - start))
+        new = dict(row=row, date=str(datetime.date.today()), seconds=round(time.perf_counter() - start))
         new |= dict(machine=machine, results=json.loads(done.stdout))
-        kept = [old for old in kept if old["command"] != command] + [new]
-        # In the order of the list; rows of an earlier list come last.
-        kept.sort(key=lambda old: commands.index(old["command"]) if old["command"] in commands else len(rows))
-        checkpoint.write_whole(path, json.dumps(kept, indent=1) + "\n")  # an interrupted suite keeps what it has
+        kept = [old for old in kept if old["row"] != row] + [new]
+        checkpoint.write_whole(path, json.dumps(kept, indent=1) + "\n")
         checkpoint.write_whole(path.with_suffix(".md"), markdown(kept))
     if failed:
         raise UserError(f"{len(failed)} of {len(rows)} rows failed. " + "; ".join(failed))
@@ -148,54 +134,20 @@ def read(path: Path) -> list[dict[str, Any]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         return json.loads(path.read_text()) if path.exists() else []
     except OSError as error:
-        raise UserError(f"cannot use out_dir {path.parent}: {error.strerror}") from None
+        raise UserError(f"cannot use {path.parent}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not a suite's JSON: {error}; move it away") from None
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return a section per row: its command, where and when it was measured, its figures, its ratios."""
-    lines = ["# What `python -m experiments.speed.suite` measured", ""]
-    lines += ["mfu is of the machine's measured matmul rate. roofline is the least time that the counted FLOPs at that"]
-    lines += ["rate, or the bytes that must move at the measured copy rate, would take, and the share of it reached."]
+    """Return a section per row: its command, what bench.py prints for it, where and when it was measured."""
+    lines = ["# What `python -m experiments.speed.suite` measured"]
     for row in rows:
-        results, machine = row["results"], row["machine"]
-        where = ", ".join([machine["device"], *(f"{k} {v}" for k, v in machine.items() if k != "device")])
-        lines += ["", "```", row["command"], "```", "", f"{where}, {row['date']}, {row['seconds']} s", ""]
-        lines += timed_table(results) if "ms_median" in results["model"] else count_table(results)
+        where = ", ".join(f"{name} {value}" for name, value in row["machine"].items())
+        table = counts.comparison(row["results"], load_config(shlex.split(row["row"]), BenchConfig).train)
+        lines += ["", "```", f"python bench.py {row['row']}", "", table, "```", ""]
+        lines.append(f"{where}, {row['date']}, {row['seconds']} s")
     return "\n".join(lines) + "\n"
-
-
-def timed_table(results: dict[str, Any]) -> list[str]:
-    titles = ("", "ms (median, min to max)", "tokens/s", "mfu", "roofline ms (share)", "peak memory, GiB")
-    lines, ratios = [table_row(*titles), "|---" * len(titles) + "|"], []
-    for name, found in results.items():
-        peak = found["peak_memory_bytes"]
-        times = f"{found['ms_median']:,.2f} ({found['ms_min']:,.2f} to {found['ms_max']:,.2f})"
-        roofline = f"{found['roofline_ms']:,.2f} ({found['roofline_share']:.3f})"
-        memory = "" if peak is None else f"{peak / 2**30:.2f}"
-        rate, mfu = f"{found['tokens_per_second']:,.1f}", f"{found['mfu']:.3f}"
-        lines.append(table_row(name, times, rate, mfu, roofline, memory))
-        for key, ratio in found.items():
-            if key.startswith("ratio_to_"):
-                quartiles = "quartiles {:.3f} to {:.3f}".format(*ratio["ms_quartiles"])
-                memory = "" if ratio["peak_memory"] is None else f", peak memory {ratio['peak_memory']:.3f}"
-                times = f"time {ratio['ms']:.3f} ({quartiles})"
-                ratios.append(f"- {name} over {key[9:]}: {times}, counted FLOPs {ratio['flops']:.3f}{memory}")
-    rates = [results["model"]["matmul_flops_per_second"] / 1e12, results["model"]["copy_bytes_per_second"] / 1e9]
-    return [*lines, "", *ratios, f"- measured rates: {rates[0]:.3g} TFLOP/s, {rates[1]:.3g} GB/s"]
-
-
-def count_table(results: dict[str, Any]) -> list[str]:
-    lines = [table_row("", *results, "ratio"), "|---" * (len(results) + 2) + "|"]
-    for key in results["model"]:
-        values = [found[key] for found in results.values()]
-        lines.append(table_row(key, *(f"{value:,}" for value in values), f"{values[0] / values[1]:.3f}"))
-    return lines
-
-
-def table_row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
