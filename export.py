@@ -36,7 +36,6 @@ def main(c: ExportConfig) -> None:
     if c.to == "preset" or c.target is None:
         print(hf.preset(c.source))
         return
-    hf.check_target(c.target)
     model, tokenizer, manifest = checkpoint.load_model(c.source, torch.device("cpu"))
     origin = dict(run=str(c.source), step=manifest["step"], options=manifest["options"])
     hf.export(model, tokenizer, c.target, origin)

@@ -1,9 +1,8 @@
-"""Write one HTML page about any runs: what differs, curves, samples and final figures. Nothing in it is fetched.
+"""Write one HTML page about any runs: what differs, curves, samples and final figures. It loads nothing.
 
     python -m experiments.report out/dense_cpu out/lpa_cpu --out=results/report.html
 """
 
-import dataclasses
 import datetime
 import html
 import io
@@ -20,21 +19,18 @@ import tyro
 from config import UserError, parse, user_errors
 from experiments import plot
 from experiments.logs import SILENT, Run, name_runs, read_run, require_common_axis
-from lpa import checkpoint
+from experiments.sweep import write_page
 
-POINTS = 500  # of a curve in a picture
-SAMPLES = 4  # of a run, from the first to the last
+POINTS, SAMPLES = 500, 4  # at most, of a curve and of a run
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
+<title>Training runs</title><style>
 body {{ max-width: 44rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }}
-h2 {{ font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #bbb; padding-top: 0.7rem; }}
-.wide {{ overflow-x: auto; }} svg {{ width: 100%; height: auto; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
+svg {{ width: 100%; height: auto; }} table {{ font-size: 0.85rem; display: block; overflow-x: auto; }}
 th, td {{ padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }}
 pre {{ font-size: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
 </style></head><body>
-<h1>{title}</h1><p>{about}</p>
+<h1>Training runs</h1><p>{about}</p>
 {sections}
 </body></html>
 """
@@ -45,57 +41,42 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, or log.jsonl files of any name."""
     out: Path = Path("results/report.html")
-    title: str = "Training runs"
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise ValueError("no run is named, wanted one or more run folders")
 
 
 def main(o: Options) -> None:
+    if not o.runs:
+        raise UserError("no run is named, wanted one or more run folders")
     runs = [read_run(path) for path in dict.fromkeys(o.runs)]
-    names = label_runs(runs)
+    names = name_runs([run.options for run in runs], SILENT)
+    if len(set(names)) < len(names) or any(not 0 < len(name) <= 40 for name in names):
+        names = [str(run.path.parent) for run in runs]
     sections = {
         "Runs": table(names, [overview(run) for run in runs]),
         "What differs": table(names, differences(runs)),
         "Curves": curves(runs, names),
         "Samples": samples(runs, names),
-        "Machines": table(names, [run.start["versions"] | {"device": run.start["device"]} for run in runs]),
     }
     body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in sections.items() if part)
     about = f"{datetime.date.today()}, written by: python -m experiments.report {shlex.join(sys.argv[1:])}"
-    text = PAGE.format(title=html.escape(o.title), about=html.escape(about), sections=body)
-    try:
-        o.out.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(o.out, text)
-    except OSError as error:
-        raise UserError(f"cannot write {o.out}: {error.strerror}") from None
+    text = PAGE.format(about=html.escape(about), sections=body)
+    write_page(o.out, text)
     print(f"wrote {o.out}, {len(text.encode()) / 1e6:.2f} MB")
-
-
-def label_runs(runs: list[Run]) -> list[str]:
-    """Return what sets each run apart, where that is short; else its folder. No two are the same."""
-    names = name_runs([run.options for run in runs], SILENT)
-    short = len(set(names)) == len(names) and all(0 < len(name) <= 40 for name in names)
-    return names if short else [str(run.path.parent) for run in runs]
 
 
 def overview(run: Run) -> dict[str, Any]:
     step = run.steps[-1] if run.steps else dict(step=0, tokens=0, seconds=0.0)
     last = run.evaluations[-1] if run.evaluations else {}
-    speeds = [s["tokens_per_second"] for s in run.steps if s.get("tokens_per_second")]
     return {
         "folder": str(run.path.parent),
         "parameters": run.parameters,
         "parameters in the blocks": run.parameters_in_blocks,
         "training FLOPs per token": run.flops_per_token,
         "step": f"{step['step']:,} of {run.options['max_steps']:,}" + ("" if run.finished else ", not finished"),
-        "training tokens": step["tokens"],
-        "training seconds": round(step["seconds"]),
-        "tokens per second, median": round(np.median(speeds)) if speeds else None,
+        "training tokens; seconds": f"{step['tokens']:,}; {step['seconds']:,.0f}",
         "last validation loss (nats per token)": last.get("val_loss"),
-        "lowest validation loss": min((e["val_loss"] for e in run.evaluations), default=None),
+        "lowest": min((e["val_loss"] for e in run.evaluations), default=None),
         "bits per byte": last.get("val_bits_per_byte"),
+        "machine": f"{run.start['device']}, torch {run.start['versions']['torch']}",
     }
 
 
@@ -107,56 +88,56 @@ def differences(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def curves(runs: list[Run], names: list[str]) -> str:
+    shown, parts = ["loss", "val_loss"], []
     try:
         require_common_axis(runs, "loss")
-        shown = ["loss", "val_loss"]
     except UserError:  # the runs read other tokens
         shown = ["bits_per_byte"]
-    parts = []
     for y in shown:
-        records = [run.steps if y == "loss" else run.evaluations for run in runs]
-        having = [i for i, record in enumerate(records) if len(record) > 1]
-        if having:
-            parts.append(draw(y, [runs[i] for i in having], [names[i] for i in having]))
+        named = [(r, name) for r, name in zip(runs, names) if len(r.steps if y == "loss" else r.evaluations) > 1]
+        if named:
+            parts.append(draw(y, *map(list, zip(*named))))
     return "\n".join(parts)
 
 
 def draw(y: str, runs: list[Run], names: list[str]) -> str:
-    """Return the curves as an SVG; `y` keeps its ids apart from those of other pictures on the page."""
+    """Return the curves as an SVG. Its ids start with `y`, so that they differ from those of other plots."""
     o = plot.Options(runs=tuple(run.path for run in runs), y=y, each_seed=True)
     found, width = plot.make_curves(o, runs)
     drawn = []
     for name, curve in zip(names, found):
-        kept = np.linspace(0, len(curve.x) - 1, min(len(curve.x), POINTS)).round().astype(int)
-        values = {f.name: getattr(curve, f.name)[kept] for f in dataclasses.fields(curve) if f.name != "name"}
-        drawn.append(dataclasses.replace(curve, name=name, **values))
+        kept = spaced(len(curve.x), POINTS)
+        drawn.append(plot.Curve(name, curve.x[kept], curve.y[kept], curve.low[kept], curve.high[kept]))
     figure, axes = plot.new_figure(5.4, 3.0 + 0.2 * len(runs))
     plot.draw_curves(o, drawn, width, axes[0, 0])
     plot.add_legend(figure, axes[0, 0])
-    written = io.StringIO()
-    figure.savefig(written, format="svg", metadata={"Date": None})
-    svg = written.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    written, no_metadata = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(written, format="svg", metadata=no_metadata)
+    svg = written.getvalue().partition("<svg")[2]
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{y}_", svg)
-    return re.sub(r'xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    return "<svg" + re.sub(r'xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
 
 
 def samples(runs: list[Run], names: list[str]) -> str:
     parts = []
     for run, name in zip(runs, names):
-        for i in np.linspace(0, len(run.samples) - 1, min(len(run.samples), SAMPLES)).round().astype(int):
+        for i in spaced(len(run.samples), SAMPLES):
             head = f"{name}, step {run.samples[i]['step']:,}"
             parts.append(f"<h4>{html.escape(head)}</h4><pre>{html.escape(run.samples[i]['sample'][:500])}</pre>")
     return "\n".join(parts)
+
+
+def spaced(n: int, most: int) -> np.ndarray:
+    """Return at most so many of the numbers from 0 to n - 1, the first and the last included."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
 
 
 def table(columns: list[str], runs: list[dict[str, Any]]) -> str:
     """Return a table with a column for each run; '' where there is nothing to show."""
     rows = {name: [run.get(name) for run in runs] for name in {name: None for run in runs for name in run}}
     head = "".join(f"<th>{html.escape(column)}</th>" for column in ("", *columns))
-    lines = [f"<th>{html.escape(name)}</th>{''.join(map(cell, values))}" for name, values in rows.items()]
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f"<div class=wide><table><tr>{head}</tr>\n{body}</table></div>" if rows else ""
+    lines = [f"<tr><th>{html.escape(name)}</th>{''.join(map(cell, row))}</tr>\n" for name, row in rows.items()]
+    return f"<table><tr>{head}</tr>\n{''.join(lines)}</table>" if rows else ""
 
 
 def cell(value: Any) -> str:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from config import UserError, parse, user_errors
 from experiments.lpa.glue_tasks import TASKS, Encoded, Task, batches, collate, encode, metrics, read
-from experiments.sweep import markdown_table
+from experiments.sweep import markdown_table, write_page
 from lpa import checkpoint, hardware, optim
 from model import GPT
 
@@ -117,7 +117,7 @@ def main(o: Options) -> None:
         finished = o.out.with_suffix(".jsonl")
         raise UserError(f"stopped; what is finished is in {finished}, and the same command continues") from None
     text = report(o, rows, device)
-    write(o.out, text)
+    write_page(o.out, text)
     print(text)
 
 
@@ -147,7 +147,7 @@ def score_task(o: Options, task: Task, run: Path, device: torch.device) -> list[
         print(f"{say}: {' / '.join(f'{100 * score:.2f}' for score in scores)}", flush=True)
         record = dict(of=of, run=name, params=model.n_params(), scores=scores, majority=majority(task, train, tests))
         record |= dict(seconds=round(time.perf_counter() - start, 1))
-        write(path, "".join(json.dumps(r) + "\n" for r in [*known, record]))
+        write_page(path, "".join(json.dumps(r) + "\n" for r in [*known, record]))
         return record
 
     rate = o.rates[0]
@@ -168,14 +168,6 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no file of results ({error}); move it or give another --out") from None
-
-
-def write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(path, text)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 # --- Fine-tuning ---------------------------------------------------------------------------------------------------

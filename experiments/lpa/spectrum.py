@@ -26,7 +26,7 @@ import data
 from config import UserError, parse, user_errors
 from experiments.logs import SILENT, flatten, name_runs
 from experiments.plot import add_legend, new_figure, save, style
-from experiments.sweep import markdown_table
+from experiments.sweep import markdown_table, write_page
 from lpa import checkpoint, hardware, init
 from lpa.counts import dense_weight
 from model import LowRank
@@ -168,12 +168,8 @@ def write_table(o: Options, named: dict[str, list[Row]], device: torch.device) -
         "- Cosine: the mean over pairs of tokens of the same sequence.\n",
         f"## Mean over layers (lowest to highest)\n\n{markdown_table(means)}",
     ]
-    table = o.out.with_suffix(".md")
-    try:
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text("\n".join([*about, f"\n## By layer\n\n{markdown_table(by_layer)}"]) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {table}: {error.strerror}") from None
+    parts = [*about, f"\n## By layer\n\n{markdown_table(by_layer)}"]
+    write_page(o.out.with_suffix(".md"), "\n".join(parts) + "\n")
     print("\n".join(about))
 
 

@@ -32,7 +32,7 @@ from experiments import plot
 from experiments.logs import Run, read_run
 from experiments.scaling import plan as runs_plan
 from experiments.scaling.fit import Fit, Law, Points, compare, fit, gamma_of_runs
-from experiments.sweep import markdown_table
+from experiments.sweep import markdown_table, write_page
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def main(o: Options) -> None:
         lines += comparison(o, *fits)
     text = "\n".join(lines) + "\n"
     print(text)
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    o.out.with_suffix(".md").write_text(text)
+    write_page(o.out.with_suffix(".md"), text)
     draw(o, fits)
 
 

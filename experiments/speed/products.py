@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import parse, user_errors
+from experiments.sweep import write_page
 from lpa import cpu, hardware
 
 CPU = torch.device("cpu")
@@ -58,8 +59,7 @@ def main(o: Options) -> None:
     hardware.keep_freed_memory(CPU)
     fill.append(1e3 * hardware.fastest(lambda: torch.empty(2**24).fill_(1), CPU, o.seconds))
     lines.append(f"\nA new tensor of 64 MiB, filled: {fill[0]:.1f} ms, {fill[1]:.1f} ms after keep_freed_memory().")
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    o.out.write_text("\n".join(lines) + "\n")
+    write_page(o.out, "\n".join(lines) + "\n")
     print(f"{lines[-1]}\nwritten to {o.out}")
 
 

@@ -23,7 +23,8 @@ import torch
 
 from bench import BenchConfig
 from config import UserError, load_config, parse, user_errors
-from lpa import checkpoint, counts, hardware
+from experiments.sweep import write_page
+from lpa import counts, hardware
 
 SIZES = ("cpu", "130m_s1", "370m_s1", "130m", "370m", "3b")  # of the presets
 RANKS = "--lowdim.q=256 --lowdim.k=256 --lowdim.v=256 --lowdim.o=256"
@@ -114,8 +115,8 @@ def measure(rows: list[str], out: Path, device: torch.device) -> None:
         new = dict(row=row, date=str(datetime.date.today()), seconds=round(time.perf_counter() - start))
         new |= dict(machine=machine, results=json.loads(done.stdout))
         kept = [old for old in kept if old["row"] != row] + [new]
-        checkpoint.write_whole(path, json.dumps(kept, indent=1) + "\n")
-        checkpoint.write_whole(path.with_suffix(".md"), markdown(kept))
+        write_page(path, json.dumps(kept, indent=1) + "\n")
+        write_page(path.with_suffix(".md"), markdown(kept))
     if failed:
         raise UserError(f"{len(failed)} of {len(rows)} rows failed. " + "; ".join(failed))
     print(f"{path} and {path.with_suffix('.md')} hold all {len(rows)} rows")
@@ -129,13 +130,10 @@ def version(package: str) -> str | None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of an earlier call, and make the folder. Raise UserError where either is impossible."""
+    """Return the rows of an earlier call. Raise UserError where they cannot be read."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         return json.loads(path.read_text()) if path.exists() else []
-    except OSError as error:
-        raise UserError(f"cannot use {path.parent}: {error.strerror}") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a suite's JSON: {error}; move it away") from None
 
 
