@@ -1,8 +1,8 @@
-"""Perplexity, nats per token and bits per byte of a checkpoint, over all of a split; or benchmarks.
+"""Compute perplexity, nats per token and bits per byte of a checkpoint over all of a split; or run benchmarks.
 
     python eval.py out/lpa_cpu --split=val                                       disjoint windows
     python eval.py out/lpa_370m_s1 --split=test --stride=256 --dtype=bfloat16    more context for every token
-    torchrun --nproc_per_node=8 eval.py out/lpa_370m_s1 --split=test --json      the windows shared by all ranks
+    torchrun --nproc_per_node=8 eval.py out/lpa_370m_s1 --split=test --json      the windows shared by all processes
     python eval.py out/lpa_370m --tasks=lambada_openai,hellaswag,own.yaml        through lm-eval, see lpa/lm_eval.py
 
 Windows of block_size tokens begin every `stride` tokens. Each token but the first of the split is a target exactly
@@ -37,7 +37,7 @@ class EvalConfig:
     stride: int | None = None
     """Tokens between the starts of two windows; None = block_size, disjoint windows."""
     batch_size: int = 8
-    """Windows per rank and forward pass."""
+    """Windows per process and forward pass."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     json: bool = False
@@ -45,9 +45,9 @@ class EvalConfig:
     tasks: str | None = None
     """Benchmarks in place of the split: tasks of lm-eval by name, or your own by YAML file, with commas between."""
     num_fewshot: int | None = None
-    """Solved examples before each question of a task; None = what the task says."""
+    """Solved examples before each question of a task; None = the default of the task."""
     limit: int | None = None
-    """Only the first so many questions of each task."""
+    """Ask only the first questions of each task, this many."""
 
     def __post_init__(self) -> None:
         for name in ("stride", "batch_size", "limit"):
@@ -55,7 +55,7 @@ class EvalConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, wanted 1 or more")
         if self.tasks is None and (self.limit, self.num_fewshot) != (None, None):
-            raise ValueError("limit and num_fewshot are of --tasks, which is not given")
+            raise ValueError("limit and num_fewshot need --tasks")
 
 
 def main(c: EvalConfig) -> None:
@@ -96,7 +96,7 @@ def benchmark(c: EvalConfig, tasks: list[str], model: GPT, tokenizer: Tokenizer,
 
 
 def require_tokenizer(corpus: data.Corpus, spec: dict[str, Any]) -> None:
-    """Raise UserError where the corpus was prepared with other token ids than the checkpoint's."""
+    """Raise UserError where the corpus was prepared with another tokenizer than the checkpoint's."""
     changed = [name for name in spec | corpus.meta["tokenizer"] if spec.get(name) != corpus.meta["tokenizer"].get(name)]
     if changed:
         shown = [str(tokenizer.get("name", tokenizer["kind"])) for tokenizer in (corpus.meta["tokenizer"], spec)]
@@ -107,7 +107,7 @@ def require_tokenizer(corpus: data.Corpus, spec: dict[str, Any]) -> None:
 
 
 def summary(nats: float, corpus: data.Corpus, words: int) -> dict[str, Any]:
-    """Return the mean loss in every unit. The first token, which no window predicts, is charged the mean."""
+    """Return the mean loss in every unit. The first token, which no window predicts, counts with the mean."""
     total = nats * corpus.tokens
     return dict(
         targets=corpus.tokens - 1,

@@ -1,6 +1,6 @@
-"""Export a run to Hugging Face's form: what was trained here runs in transformers, vLLM, llama.cpp and lm-eval.
+"""Export a run to Hugging Face's format, for transformers and programs that read it.
 
-    python export.py out/lpa_cpu --to=hf exported                 then AutoModelForCausalLM.from_pretrained("exported")
+    python export.py out/setting2_cpu --to=hf exported            then AutoModelForCausalLM.from_pretrained("exported")
     python export.py gpt2 --to=preset > config/mine.py            the options that fit a folder, or a name on the hub
     python train.py config/mine.py --init_from=gpt2 --dataset=books    to train it further; see lpa/init_from.py
 """

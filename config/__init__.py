@@ -1,4 +1,4 @@
-"""The training options, typed, in one place; presets beside this file; the command line wins.
+"""Define the training options, and read them from presets and the command line, which comes last.
 
 A preset is a Python file of plain assignments. `load_config(["config/lpa_370m.py", "--max_steps=100"])` reads the
 presets from left to right, puts what they assign in front of the user's own arguments, and lets one parser check both.
@@ -29,7 +29,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class UserError(Exception):
-    """Something the user can mend, in one line. Scripts print it without a traceback and exit with code 2."""
+    """An error that the user can correct, in one line. Scripts print it without a traceback and exit with code 2."""
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split("\n"))  # a value in it, or another error's text, may have several
@@ -41,14 +41,14 @@ class TrainConfig:
 
     gpt: Annotated[GPTConfig, tyro.conf.arg(name="")]
 
-    # Data. A step sees tokens_per_step tokens, whatever the number of ranks; accumulation follows from it.
+    # Data. A step sees tokens_per_step tokens for any number of processes; gradient accumulation follows from it.
     dataset: str = "pystdlib"
     """A corpus below data/, a folder with meta.json and shards, or token files of llm.c, modded-nanogpt or nanoGPT
     (taken for GPT-2's)."""
     batch_size: int = 8
-    """Sequences per rank and micro-step; fewer where tokens_per_step does not give so many to each of several ranks."""
+    """Sequences per process and micro-step; fewer if tokens_per_step does not give each process so many."""
     tokens_per_step: int | None = None
-    """Tokens per optimizer step over all ranks; None = one micro-step on every rank."""
+    """Tokens per optimizer step over all processes; None = one micro-step on each."""
 
     # Schedule
     max_steps: int = 1000
@@ -87,9 +87,9 @@ class TrainConfig:
     """What backward computes again to save memory (lpa/recompute.py). elementwise: all but matrix products and
     attention; latents: also the products with B; block: whole blocks, a third slower."""
     shard: bool = False
-    """Spread weights, gradients and optimizer state over the ranks (FSDP), each block gathered while it computes."""
+    """Shard weights, gradients and optimizer state over the processes (FSDP)."""
     hang_timeout: float = 1800.0
-    """Seconds that a rank waits for another, before all of them end and the missing one is named."""
+    """Seconds that a process waits for the others; then all end, and the missing one is named."""
 
     # Run
     out_dir: str = "out/run"
@@ -105,11 +105,11 @@ class TrainConfig:
     save_interval: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     resume: Literal["never", "auto", "must"] = "never"
-    """auto = go on where out_dir holds a checkpoint; a bare --resume means must."""
+    """auto = resume if out_dir holds a checkpoint; --resume without a value means must."""
     max_hours: float | None = None
-    """Save and stop after so long, as after a SIGTERM."""
+    """Save and stop after this time, as after a SIGTERM."""
     sample_interval: int = 0
-    """Steps between texts written by the model, into log.jsonl; 0 = none."""
+    """Steps between samples of text, written to log.jsonl; 0 = none."""
     wandb: bool = False
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class TrainConfig:
 
 
 def load_config(arguments: list[str], options: type[T] = TrainConfig, description: str | None = None) -> T:
-    """Preset files, then `--key=value` arguments -> options. Raises UserError in one line where they are wrong."""
+    """Return the options of preset files and `--key=value` arguments. Raise UserError where they are wrong."""
     settings: dict[str, Any] = {}
     while arguments and arguments[0].endswith(".py"):
         settings |= read_preset(arguments[0])
@@ -148,19 +148,19 @@ def load_config(arguments: list[str], options: type[T] = TrainConfig, descriptio
 
 
 def read_preset(path: str) -> dict[str, Any]:
-    """What a preset assigns, by name; the modules and functions it imports are not options."""
+    """Return what a preset assigns, by name; modules and functions that it imports are not options."""
     if not Path(path).is_file():
         presets = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py")))
         raise UserError(f"no preset file {path}; config/ has {presets}")
     try:
         assigned = runpy.run_path(path)
-    except (Exception, SystemExit) as error:  # whatever its Python does wrong is for its author to mend
+    except (Exception, SystemExit) as error:  # its Python may raise anything
         raise UserError(f"preset {path} fails with {type(error).__name__}: {error}") from None
     return {k: v for k, v in assigned.items() if k[0] != "_" and not isinstance(v, ModuleType) and not callable(v)}
 
 
 def as_arguments(settings: dict[str, Any], prefix: str = "") -> list[str]:
-    """{'n_layer': 2, 'lowdim': {'q': 8}} -> ['--n_layer=2', '--lowdim.q=8']"""
+    """Turn {'n_layer': 2, 'lowdim': {'q': 8}} into ['--n_layer=2', '--lowdim.q=8']."""
     arguments = []
     for name, value in settings.items():
         nested = isinstance(value, dict)
@@ -185,7 +185,7 @@ def as_command(c: TrainConfig) -> str:
 
 
 def parse(arguments: list[str], options: type[T], description: str | None = None) -> T:
-    """tyro's parser with bare flags (--wandb, --resume), lower-case booleans, and errors of one line."""
+    """Parse with tyro, and accept bare flags (--wandb, --resume) and lower-case booleans. Errors are one line."""
     named = kinds(options)
     flags = {name for name, kind in named.items() if kind is bool}
     bare = {**dict.fromkeys(flags, "True"), "resume": "must"}
@@ -211,7 +211,7 @@ def parse(arguments: list[str], options: type[T], description: str | None = None
 
 
 def kinds(options: type, prefix: str = "") -> dict[str, Any]:
-    """The type of each named option, those of nested dataclasses too: {'n_layer': int, 'lowdim.q': int | str, ...}."""
+    """Return the type of each option, nested ones too: {'n_layer': int, 'lowdim.q': int | str, ...}."""
     found: dict[str, Any] = {}
     for option in dataclasses.fields(options):
         kind, *marks = get_args(option.type) if get_origin(option.type) is Annotated else (option.type,)
@@ -224,7 +224,7 @@ def kinds(options: type, prefix: str = "") -> dict[str, Any]:
 
 
 def in_one_line(box: str, named: Iterable[str]) -> str:
-    """The message inside the box that tyro draws, in ASCII on some terminals, and the names that it or we suggest."""
+    """Return the message inside the box that tyro draws, with the names that it or we suggest."""
     lines = [line.strip("│╭╮╰╯─|+ ") for line in box.splitlines()[1:]]
     lines = [line for line in lines if line.strip("-")]
     ends = [i for i, line in enumerate(lines) if line.startswith(("Perhaps", "Argument", "For full"))]
@@ -243,13 +243,13 @@ def in_one_line(box: str, named: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around a script's main: what the user can mend is one line on each machine and exit code 2, no traceback."""
+    """Print a UserError in one line, once per machine, and exit with code 2. Goes around a script's main."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: it may be the only one that meets the error
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine may have its own
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

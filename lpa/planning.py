@@ -3,8 +3,8 @@
     python bench.py config/lpa_3b.py --mode=plan --gpus=8 --memory=80GB         a table
     python bench.py config/lpa_3b.py --mode=plan --gpus=8 --memory=80GB --json  for other programs
 
-ddp: every rank holds all parameters, gradients (DDP's buckets) and moments in float32, and autocast copies the matrices
-in dtype. fsdp: each rank holds a share of each in float32, and the blocks at work are gathered in dtype, as
+ddp: every process holds all parameters, gradients (DDP's buckets) and moments in float32, and autocast copies the
+matrices in dtype. fsdp: each process holds a share of each in float32, and the blocks at work are gathered in dtype, as
 lpa/distributed.py shards them. Each micro-step is counted as if it reduced its gradients; FSDP keeps unsharded ones
 between the micro-steps of a step.
 
@@ -35,7 +35,7 @@ UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TI
 
 
 def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
-    """Print the plan. Raise UserError where memory is no size, or not even one sequence per rank fits."""
+    """Print the plan. Raise UserError where memory is no size, or not even one sequence per process fits."""
     if c.dtype == "auto":
         c = replace(c, dtype="bfloat16")  # what hardware.choose_dtype chooses on a GPU
     limit = int((1 - ALLOWANCE) * size_of(memory))
@@ -51,7 +51,7 @@ def main(c: TrainConfig, gpus: int, memory: str, as_json: bool) -> None:
     if not any(row["largest_batch_size"] for row in rows.values()):
         least = min((needed(at(c, 1, row["recompute"]), row["engine"], gpus).total, name) for name, row in rows.items())
         raise UserError(
-            f"memory is {memory} on {gpus} GPUs, wanted more of either: one sequence per rank takes at least"
+            f"memory is {memory} on {gpus} GPUs, wanted more of either: one sequence per process takes at least"
             f" {size_name(least[0])} ({least[1]}), and {1 - ALLOWANCE:.0%} of {memory} are {size_name(limit)}"
         )
     plan = dict(gpus=gpus, memory=size_of(memory), allowance=ALLOWANCE, usable=limit, batch_size=c.batch_size)
@@ -77,12 +77,12 @@ def at(
     return replace(c, batch_size=batch_size, recompute=recompute or c.recompute)
 
 
-# --- One rank ----------------------------------------------------------------------------------------------------
+# --- One process -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on the rank that holds the most. The first three are always there, the others at their own times."""
+    """Bytes of the process that holds the most. The first three are always held, the others at their own times."""
 
     parameters: int
     """float32, with the buffers."""
@@ -95,7 +95,7 @@ class Need:
     activations: int
     """The most that forward and backward add: what backward needs, weights in dtype, the head's logits."""
     optimizer_step: int
-    """The most that the optimizer's step adds. Muon under fsdp: as if each rank gathered all of a matrix."""
+    """The most that the optimizer's step adds. Muon under fsdp: as if each process gathered all of a matrix."""
 
     @property
     def total(self) -> int:
@@ -119,7 +119,7 @@ def needed(c: TrainConfig, engine: str, gpus: int) -> Need:
 def resident(c: GPTConfig, optimizer: Literal["adamw", "muon"], dtype: Dtype, shares: int) -> tuple[int, int, int]:
     """Return bytes of the parameters, of the optimizers' state, and the most that a step of the optimizers adds.
 
-    They are those of rank 0, which has the largest of the `shares` parts of each tensor along its first dimension.
+    They are those of process 0, which has the largest of the `shares` parts of each tensor along its first dimension.
     """
 
     def part(t: Tensor) -> int:

@@ -135,7 +135,7 @@ def test_bad_input_is_one_line(trained: Path, short: Path, tmp_path: Path) -> No
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    with pytest.raises(ValueError, match="limit and num_fewshot are of --tasks"):
+    with pytest.raises(ValueError, match="limit and num_fewshot need --tasks"):
         evaluation.EvalConfig(trained, limit=10)
     assert "holds no checkpoint" in complaint(tmp_path / "nothing")
     assert "holds no checkpoint" in complaint(tmp_path)
