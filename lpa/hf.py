@@ -309,7 +309,7 @@ def read_config(folder: Path) -> tuple[Architecture, GPTConfig]:
 
 
 def read_model(folder: Path, bias: bool = False) -> GPT:
-    """Return the dense model of a folder, in float32; see read_folder for `bias`. Raise UserError if a tensor is wrong."""
+    """Return the dense model of a folder, in float32; `bias` as in read_folder. Raise UserError for a wrong tensor."""
     known, c, stored = read_folder(folder, bias)
     model = GPT(c, seed=None)
     embeddings = f"{known.outside['transformer.wte']}.weight"
