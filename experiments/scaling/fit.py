@@ -1,17 +1,18 @@
 """Fit the law L(N, D) = E + A / N^alpha + B / D^beta to finished runs, with errors, and compute what follows from it.
 
-N is a number of parameters, D of training tokens, L a validation loss in nats per token, C = 6 N D the FLOPs of
-training. The fit is Chinchilla's third (Hoffmann et al., arXiv 2203.15556) as corrected by Besiroglu et al.
-(arXiv 2404.10102): minimise the sum over runs of the Huber loss of ln L - ln L(N, D) from a grid of starts.
+The fit is Chinchilla's third (Hoffmann et al., arXiv 2203.15556) as corrected by Besiroglu et al. (arXiv 2404.10102):
+the sum over runs of the Huber loss of ln L - ln L(N, D), minimised with L-BFGS from a grid of starts. N is a number of
+parameters, D of training tokens, L a validation loss in nats per token, C = 6 N D the FLOPs of training.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from config import UserError
 
@@ -20,8 +21,12 @@ FEWEST_RUNS, FEWEST_VALUES = 6, 3  # of runs, and of different N and of differen
 EXPONENTS = (0.01, 3.0)  # bounds of alpha and beta: below, the term is a constant; above, it is a step
 TAIL = 0.05  # share of the resamples beyond either end of an interval, and that may be outside the bounds
 FAR = 10  # a C, N or D this many times outside those of the runs is not tested
-PRECISION = dict(ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=300)
-TOLERANCE = 0.02  # nats above the best run of the same D that are still good enough
+STARTS = [  # shares of E, A / N^alpha and B / D^beta in the loss of the middle run, alpha, beta
+    (e, a, 1 - e - a, alpha, beta)
+    for e, a in ((0.1, 0.45), (0.6, 0.2), (0.3, 0.6), (0.3, 0.1))
+    for alpha in (0.2, 0.5, 1.0)
+    for beta in (0.2, 0.5, 1.0)
+]
 
 
 @dataclass(frozen=True)
@@ -34,24 +39,25 @@ class Points:
     loss: np.ndarray
     notes: tuple[str, ...] = ()
     measure: dict[str, Any] = field(default_factory=dict)
-    """What else the losses depend on, where it is known; the same in all runs."""
+    """What the losses depend on besides, as far as known; the same in all runs."""
 
     def take(self, rows: np.ndarray) -> "Points":
         return Points(self.name, self.N[rows], self.D[rows], self.loss[rows])
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Return the lowest and the highest of C, N, D and loss."""
-        values = dict(C=6 * self.N * self.D, N=self.N, D=self.D, loss=self.loss)
-        return {name: (float(of_runs.min()), float(of_runs.max())) for name, of_runs in values.items()}
+        seen = dict(C=6 * self.N * self.D, N=self.N, D=self.D, loss=self.loss)
+        return {name: (float(values.min()), float(values.max())) for name, values in seen.items()}
 
     def beyond(self, **values: float) -> list[str]:
-        """Return a sentence for each C, N or D far from these runs, and for a loss outside their losses."""
+        """Return a sentence about each value of C, N or D that is far from these runs, and of loss that is outside."""
         found = []
         for name, value in values.items():
             low, high = self.ranges()[name]
-            far, how = (1, "outside") if name == "loss" else (FAR, f"more than {FAR} times outside")
+            far = 1 if name == "loss" else FAR
             if not low / far <= value <= high * far:
-                found.append(f"{name} = {value:.4g} is {how} the runs of {self.name}, {low:.4g} to {high:.4g}")
+                how = "is outside" if name == "loss" else f"is more than {FAR} times outside"
+                found.append(f"{name} = {value:.4g} {how} what {self.name} saw, {low:.4g} to {high:.4g}")
         return found
 
 
@@ -67,20 +73,19 @@ class Law:
         """Return which exponents are outside their bounds."""
         return [n for n in ("alpha", "beta") if not EXPONENTS[0] < getattr(self, n) < EXPONENTS[1]]
 
-    @np.errstate(over="ignore")
     def loss(self, N: Any, D: Any) -> Any:
-        return self.E + self.A * np.power(N, -self.alpha) + self.B * np.power(D, -self.beta)
+        with np.errstate(over="ignore"):
+            return self.E + self.A * np.power(N, -self.alpha) + self.B * np.power(D, -self.beta)
 
-    @np.errstate(over="ignore")
     def optimum(self, C: float) -> tuple[float, float]:
         """Return N and D of the lowest loss at C = 6 N D FLOPs (Hoffmann et al., equation 4)."""
-        n = (self.log_balance() + self.beta * math.log(C / 6)) / (self.alpha + self.beta)
-        return float(np.exp(n)), float(np.exp(math.log(C / 6) - n))
+        total = self.alpha + self.beta
+        n = self.log_balance() / total + self.beta / total * math.log(C / 6)
+        return exp(n), exp(math.log(C / 6) - n)
 
-    @np.errstate(over="ignore")
-    def size(self, D: Any) -> Any:
+    def size(self, D: float) -> float:
         """Return the N that is compute-optimal at D tokens."""
-        return np.exp((self.log_balance() + self.beta * np.log(D)) / self.alpha)
+        return exp((self.log_balance() + self.beta * math.log(D)) / self.alpha)
 
     def log_balance(self) -> float:
         """Return ln(alpha A / (beta B)), which is alpha ln N - beta ln D on the frontier."""
@@ -103,8 +108,8 @@ class Fit:
     """Fits to runs drawn with replacement."""
     notes: tuple[str, ...]
 
-    def interval(self, value: Callable[[Law], Any]) -> tuple[Any, Any, Any]:
-        """Return a quantity of the best fit, and its 5th and 95th percentile over the resamples."""
+    def interval(self, value: Callable[[Law], float]) -> tuple[float, float, float]:
+        """Return a quantity of the law: of the best fit, and the 5th and 95th percentile over the resamples."""
         return value(self.law), *percentiles([value(law) for law in self.resampled])
 
     def error(self, value: Callable[[Law], float]) -> float:
@@ -112,106 +117,138 @@ class Fit:
         return float(np.std([value(law) for law in self.resampled], ddof=1))
 
     def at_zero_entropy(self) -> bool:
-        """Return whether E is at its bound of 0, where it has no standard error."""
+        """Say whether E is at its bound of 0, where it has no standard error."""
         return self.law.E / self.points.loss.min() < 0.01
 
 
-def percentiles(values: list[Any]) -> Any:
-    return np.percentile(values, [100 * TAIL, 100 * (1 - TAIL)], axis=0, method="nearest")  # inf is a value here
+def percentiles(values: list[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, [100 * TAIL, 100 * (1 - TAIL)], method="nearest")  # inf is a value here
+    return float(low), float(high)
 
 
-def fit(points: Points, resamples: int = 200) -> Fit:
+def exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def fit(points: Points, resamples: int = 200, seed: int = 1) -> Fit:
     """Return the law of these runs with its errors. Raise UserError where they do not determine one."""
-    runs, sizes, lengths = len(points.loss), len(np.unique(points.N)), len(np.unique(points.D))
-    if runs < FEWEST_RUNS or min(sizes, lengths) < FEWEST_VALUES:
+    counts = len(points.loss), len(np.unique(points.N)), len(np.unique(points.D))
+    if counts[0] < FEWEST_RUNS or min(counts[1:]) < FEWEST_VALUES:
         wanted = f"{FEWEST_RUNS} runs of {FEWEST_VALUES} sizes and {FEWEST_VALUES} lengths or more"
-        seen = f"{runs} runs of {sizes} sizes N and {lengths} lengths D that can be fitted"
-        raise UserError("; ".join([f"{points.name} has {seen}, wanted {wanted}", *points.notes]))
-    law = best_law(points, starts(points))
-    resampled = [] if law.outside() else bootstrap(points, law, resamples)
-    kept = tuple(other for other in resampled if not other.outside())
-    lost = f"{resamples - len(kept)} of {resamples} resamples"
-    if len(kept) < (1 - TAIL) * resamples:
-        which, where = (" and ".join(law.outside()), "the best fit") if law.outside() else ("alpha or beta", lost)
+        seen = f"{counts[0]} runs of {counts[1]} sizes N and {counts[2]} lengths D"
+        raise UserError("; ".join([f"{points.name} has {seen} that can be fitted, wanted {wanted}", *points.notes]))
+    law = best_law(points)
+    kept = []
+    if not law.outside():
+        kept = [other for other in bootstrap(points, law, resamples, seed) if not other.outside()]
+    if law.outside() or len(kept) < (1 - TAIL) * resamples:
+        where = "the best fit" if law.outside() else f"{resamples - len(kept)} of {resamples} resamples"
         raise UserError(
-            f"{points.name}: {which} is outside {EXPONENTS[0]:g} to {EXPONENTS[1]:g} in {where}; the best fit has"
-            f" alpha {law.alpha:.3g} and beta {law.beta:.3g}: these runs do not determine a law"
+            f"{points.name}: {' and '.join(law.outside()) or 'alpha or beta'} is outside {EXPONENTS[0]:g} to"
+            f" {EXPONENTS[1]:g} in {where}, alpha {law.alpha:.3g} and beta {law.beta:.3g} in the best fit: these runs"
+            " do not determine a law"
         )
-    notes = list(points.notes)
+    found, notes = Fit(points, law, tuple(kept), ()), list(points.notes)
     if len(kept) < resamples:
-        notes.append(f"errors leave out {lost}, without a law")
-    if Fit(points, law, kept, ()).at_zero_entropy():
-        notes.append(f"E is {law.E:.2g}, at its bound of 0: these runs determine neither E nor exact exponents")
-    if runs < 2 * FEWEST_RUNS:
-        notes.append(f"only {runs} runs for five constants: the errors are too small rather than too large")
-    return Fit(points, law, kept, tuple(notes))
+        notes.append(f"errors leave out {resamples - len(kept)} of {resamples} resamples, without a law")
+    if found.at_zero_entropy():
+        notes.append(f"E is {law.E:.2g}, at its bound of 0: these runs do not determine it, nor exponents beyond them")
+    if len(points.loss) < 2 * FEWEST_RUNS:
+        notes.append(f"only {len(points.loss)} runs for five constants: the errors are too small rather than too large")
+    return Fit(points, law, tuple(kept), tuple(notes))
 
 
-def starts(points: Points) -> list[Law]:
-    """Return laws with the median loss at the median N and D, which divide it differently into their three terms."""
-    N, D, loss = (float(np.median(values)) for values in (points.N, points.D, points.loss))
-    return [
-        Law(e * loss, a * loss * N**alpha, alpha, (1 - e - a) * loss * D**beta, beta)
-        for e, a in ((0.1, 0.45), (0.6, 0.2), (0.3, 0.6), (0.3, 0.1))
-        for alpha in (0.2, 0.5, 1.0)
-        for beta in (0.2, 0.5, 1.0)
-    ]
+def best_law(points: Points) -> Law:
+    """Return the lowest minimum: a few iterations from every start, then the best few to the end."""
+    x = Centred(points)
+    rough = sorted((minimise(x, x.start(*start), 40) for start in STARTS), key=lambda found: found[1])
+    return x.law(min((minimise(x, p, 400) for p, _ in rough[:6]), key=lambda found: found[1])[0])
 
 
-def best_law(points: Points, starts: list[Law]) -> Law:
-    """Return the lowest of the minima that least_squares finds from these starts."""
-    try:
-        from scipy.optimize import least_squares
-    except ImportError:
-        raise UserError("the fit needs a package: pip install 'scipy>=1.11,<2'") from None
-    n, d, y = np.log(points.N), np.log(points.D), np.log(points.loss)  # (runs,) each
-
-    def residuals(p: np.ndarray) -> np.ndarray:
-        """Return ln L(N, D) - ln L for p = ln E, ln A, ln B, alpha, beta."""
-        return np.logaddexp.reduce([np.full_like(n, p[0]), p[1] - p[3] * n, p[2] - p[4] * d]) - y
-
-    ends = []
-    for law in starts:
-        p = [*np.log([max(law.E, 1e-9), law.A, law.B]), law.alpha, law.beta]
-        ends.append(least_squares(residuals, p, loss="huber", f_scale=HUBER, x_scale="jac", **PRECISION))
-    e, a, b, alpha, beta = min(ends, key=lambda end: end.cost).x.clip(-700, 700).tolist()
-    return Law(math.exp(e), math.exp(a), alpha, math.exp(b), beta)
-
-
-def bootstrap(points: Points, law: Law, resamples: int) -> list[Law]:
+def bootstrap(points: Points, law: Law, resamples: int, seed: int) -> list[Law]:
     """Fit runs drawn with replacement, each from the best fit to all of them and from an E well above 0.
 
     At E = 0 the gradient of ln E is 0, and no minimiser leaves it.
     """
-    generator, found = np.random.default_rng(1), []
-    begin = [law, dataclasses.replace(law, E=0.3 * float(np.median(points.loss)))]
+    generator, found = np.random.default_rng(seed), []
     while len(found) < resamples:
         drawn = points.take(generator.integers(len(points.loss), size=len(points.loss)))
-        if min(len(np.unique(drawn.N)), len(np.unique(drawn.D))) >= FEWEST_VALUES:
-            found.append(best_law(drawn, begin))
+        if min(len(np.unique(drawn.N)), len(np.unique(drawn.D))) < FEWEST_VALUES:
+            continue
+        x = Centred(drawn)
+        starts = x.parameters(law), x.start(0.3, 0.35, 0.35, law.alpha, law.beta)
+        found.append(x.law(min((minimise(x, start, 200) for start in starts), key=lambda end: end[1])[0]))
     return found
+
+
+class Centred:
+    """Measure ln N and ln D from their means, so that the minimiser can change alpha without A.
+
+    Its parameters p (5,) are ln E, ln of A / N^alpha and of B / D^beta at the means, alpha, beta.
+    """
+
+    def __init__(self, points: Points) -> None:
+        n, d, self.y = (torch.from_numpy(np.log(v.astype(float))) for v in (points.N, points.D, points.loss))  # (runs,)
+        self.mean_n, self.mean_d = n.mean().item(), d.mean().item()
+        self.n, self.d = n - self.mean_n, d - self.mean_d
+
+    def objective(self, p: Tensor) -> Tensor:
+        terms = [p[0].expand_as(self.y), p[1] - p[3] * self.n, p[2] - p[4] * self.d]  # (runs,) each
+        residual = torch.stack(terms).logsumexp(0) - self.y
+        return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="sum", delta=HUBER)
+
+    def start(self, e: float, a: float, b: float, alpha: float, beta: float) -> Tensor:
+        middle = self.y.median().item()
+        logs = [middle + math.log(share) for share in (e, a, b)]
+        return torch.tensor([*logs, alpha, beta], dtype=torch.float64)
+
+    def parameters(self, law: Law) -> Tensor:
+        a, b = math.log(law.A) - law.alpha * self.mean_n, math.log(law.B) - law.beta * self.mean_d
+        return torch.tensor([math.log(max(law.E, 1e-9)), a, b, law.alpha, law.beta], dtype=torch.float64)
+
+    def law(self, p: Tensor) -> Law:
+        e, a, b, alpha, beta = p.tolist()
+        A, B = (math.exp(max(-700, min(c, 700))) for c in (a + alpha * self.mean_n, b + beta * self.mean_d))
+        return Law(math.exp(e), A, alpha, B, beta)
+
+
+def minimise(x: Centred, start: Tensor, iterations: int) -> tuple[Tensor, float]:
+    """Run L-BFGS. Return where it ends and the objective there, infinite where it diverged."""
+    p = start.clone().requires_grad_()
+    options = dict(history_size=10, line_search_fn="strong_wolfe", tolerance_grad=1e-14, tolerance_change=1e-16)
+    lbfgs = torch.optim.LBFGS([p], max_iter=iterations, max_eval=2 * iterations, **options)
+
+    def closure() -> Tensor:
+        lbfgs.zero_grad()
+        value = x.objective(p) / HUBER  # so that its gradients are of order 1
+        value.backward()
+        return value
+
+    lbfgs.step(closure)
+    value = x.objective(p).item()
+    return p.detach(), value if math.isfinite(value) else math.inf
 
 
 # --- Without a law, and from two of them -------------------------------------------------------------------------
 
 
-def gamma_of_runs(points: Points) -> tuple[float, float, list[tuple[float, float]]]:
+def gamma_of_runs(points: Points, tolerance: float) -> tuple[float, float, list[tuple[float, float]]]:
     """Fit gamma to the smallest model that is good enough. Return gamma, its standard error, and (D, N) per length.
 
-    Good enough at D: a loss within TOLERANCE of the best run of that length; between two sizes, ln N is interpolated.
-    A length is left out if it has fewer than three sizes, or if even its smallest run is good enough, since the true N
-    is then below all of them. gamma is nan where fewer than three lengths remain.
+    Good enough at D: a loss within `tolerance` nats of the best run of that length; between two sizes, ln N is
+    interpolated. A length is left out if it has fewer than three sizes, or if even its smallest run is good enough,
+    since the true N is then below all of them. gamma is nan where fewer than three lengths remain.
     """
     found = []
     for D in np.unique(points.D):
         at = points.take(points.D == D)
         sizes = np.unique(at.N)
         losses = np.array([at.loss[at.N == N].mean() for N in sizes])  # over seeds
-        wanted = losses.min() + TOLERANCE
-        first = int((losses <= wanted).argmax())
+        first = int((losses <= losses.min() + tolerance).argmax())
         if len(sizes) >= FEWEST_VALUES and first > 0:
-            pair = slice(first, first - 2 if first > 1 else None, -1)  # np.interp wants the losses to rise
-            found.append((float(D), float(np.exp(np.interp(wanted, losses[pair], np.log(sizes[pair]))))))
+            step = (losses[first - 1] - losses.min() - tolerance) / (losses[first - 1] - losses[first])
+            low, high = np.log(sizes[first - 1 : first + 1])
+            found.append((float(D), float(np.exp(low + step * (high - low)))))
     if len(found) < 3:
         return math.nan, math.nan, found
     d, n = np.log(found).T
@@ -227,10 +264,9 @@ def ratios(law: Law, reference: Law, C: float) -> dict[str, float]:
     N, D = reference.optimum(C)
     loss = reference.loss(N, D)
 
-    @np.errstate(over="ignore")
     def share(excess: float, wanted: float, exponent: float) -> float:
         """Return by how much x grows until an excess ~ x^-exponent has fallen to the wanted one."""
-        return float(np.exp(np.log(excess / wanted) / exponent)) if wanted > 0 else math.inf
+        return exp((math.log(excess) - math.log(wanted)) / exponent) if wanted > 0 else math.inf
 
     of_size, of_data = law.A / N**law.alpha, law.B / D**law.beta
     frontier = law.loss(*law.optimum(C)) - law.E  # falls as C^-(alpha beta / (alpha + beta))
