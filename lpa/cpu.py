@@ -79,17 +79,23 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attend q (B, H, T, D) to k and v (B, G, T, D): in bfloat16, causal and short, by forming the T x T scores.
+    """Attend q (B, H, T, D) to k and v (B, G, T, D); in bfloat16, causal and up to T 512, without a fused kernel.
 
     PyTorch's fused kernel takes longer in bfloat16 than in float32, and up to T 512 longer than these plain products.
     """
-    B, H, T, D = q.shape
+    T, D = q.shape[2:]
     if q.dtype != torch.bfloat16 or not is_causal or mask is not None or dropout or T > 512 or k.size(2) != T:
         fused = torch.ops.aten.scaled_dot_product_attention.default
         return fused.decompose(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return unfused_attention(q, k, v, D**-0.5 if scale is None else scale)
+
+
+def unfused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Form the T x T scores of causal attention."""
+    B, H, T, D = q.shape
     q = q.reshape(B * k.size(1), -1, D)  # (B G, H / G T, D): the heads that share a key are more queries
     later = q.new_full((T, T), -torch.inf).triu(1).repeat(H // k.size(1), 1)
-    scores = torch.baddbmm(later, q, k.flatten(0, 1).mT, alpha=D**-0.5 if scale is None else scale)
+    scores = torch.baddbmm(later, q, k.flatten(0, 1).mT, alpha=scale)
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, H, T, -1)
 
 

@@ -1,4 +1,4 @@
-"""Measure the CPU kernels that PyTorch and lpa/cpu.py have: float32 products by MKL and oneDNN, and RMSNorm.
+"""Measure the CPU kernels of PyTorch and of lpa/cpu.py: float32 products by MKL and oneDNN, RMSNorm, attention.
 
     python -m experiments.speed.products
 
@@ -9,6 +9,7 @@ import datetime
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,9 +52,16 @@ def main(o: Options) -> None:
     lines += ["\nRMSNorm, forward and backward, ms at 2048 rows | F.rms_norm | lpa/cpu.py", "---|---|---"]
     for width in (192, 1024):
         x, weight = torch.randn(2048, width, requires_grad=True), torch.ones(width, requires_grad=True)
-        plain = norm_ms(lambda x=x, w=weight: F.rms_norm(x, w.shape, w, 1e-6), x, weight, o.seconds)
-        ours = norm_ms(lambda x=x, w=weight: cpu.RMSNorm.apply(x, w, 1e-6), x, weight, o.seconds)
+        plain = both_passes_ms(lambda x=x, w=weight: F.rms_norm(x, w.shape, w, 1e-6), (x, weight), o.seconds)
+        ours = both_passes_ms(lambda x=x, w=weight: cpu.RMSNorm.apply(x, w, 1e-6), (x, weight), o.seconds)
         lines.append(f"{width} | {plain:.2f} | {ours:.2f}")
+        print(lines[-1], flush=True)
+    lines += ["\nCausal attention in bfloat16, forward and backward, ms | fused | unfused", "---|---|---"]
+    for B, H, T in ((8, 3, 256), (1, 16, 512), (2, 12, 1024)):
+        q, k, v = (torch.randn(B, H, T, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        runs = (partial(F.scaled_dot_product_attention, is_causal=True), partial(cpu.unfused_attention, scale=0.125))
+        times = [both_passes_ms(partial(run, q, k, v), (q, k, v), o.seconds) for run in runs]
+        lines.append(f"{B} sequences, {H} heads of 64, T {T} | {times[0]:.2f} | {times[1]:.2f}")
         print(lines[-1], flush=True)
     fill = [1e3 * hardware.fastest(lambda: torch.empty(2**24).fill_(1), CPU, o.seconds)]
     hardware.keep_freed_memory(CPU)
@@ -76,9 +84,9 @@ def rate(f: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, seconds: f
     return 2 * a.numel() * b.size(1) / hardware.fastest(lambda: f(a, b), CPU, seconds) / 1e9
 
 
-def norm_ms(f: Callable[[], Tensor], x: Tensor, weight: Tensor, seconds: float) -> float:
-    grad = torch.ones_like(x)
-    return 1e3 * hardware.fastest(lambda: torch.autograd.grad(f(), (x, weight), grad), CPU, seconds)
+def both_passes_ms(f: Callable[[], Tensor], inputs: tuple[Tensor, ...], seconds: float) -> float:
+    grad = torch.ones_like(f())
+    return 1e3 * hardware.fastest(lambda: torch.autograd.grad(f(), inputs, grad), CPU, seconds)
 
 
 if __name__ == "__main__":
