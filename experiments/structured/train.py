@@ -1,18 +1,16 @@
-"""Train a model with structured layers that dense matrices guide at first (arXiv 2406.16450).
+"""Train a model whose factored layers are guided by dense matrices at first (arXiv 2406.16450).
 
     python -m experiments.structured.train experiments/structured/config/structured_small.py --lowdim.up=128
     python -m experiments.structured.train config/lpa_cpu.py --self_guided=flops
 
-The guided phase comes first; its end is saved without the guides, and train.py's own loop continues from there. So a
-run may be stopped and resumed in either phase, and its checkpoints after the first are those of any other run.
+The guided phase comes first. Its end is saved without the guides, and train.py's own loop continues from there. You can
+stop and resume a run in either phase. Checkpoints of the second phase are like those of any other run.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +22,7 @@ import train
 from config import TrainConfig, UserError, load_config, user_errors
 from data.tokenizers import load_tokenizer
 from experiments.structured import guides
-from lpa import checkpoint, distributed, init_from
+from lpa import checkpoint, distributed
 from lpa.distributed import DistInfo
 from model import GPT, GPTConfig, LowDim
 
@@ -33,87 +31,74 @@ from model import GPT, GPTConfig, LowDim
 class Options:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     self_guided: float | Literal["flops"] = 0.5
-    """Share of the steps in which a dense matrix beside each factored layer guides it, with falling weight. flops: as
-    many as bring the run to the training FLOPs of the dense twin, and as many steps more, which see the tokens of the
-    guided ones again."""
+    """Share of the steps in which a dense matrix guides each factored layer, with falling weight. flops: the share that
+    gives the run the training FLOPs of its dense twin. It then adds as many steps, which read the same tokens again."""
 
     def __post_init__(self) -> None:
-        if self.self_guided != "flops" and not 0 < self.self_guided <= 1:
-            raise ValueError(f"self_guided is {self.self_guided}, wanted a share above 0, at most 1, or flops")
         if not any(vars(self.train.gpt.lowdim).values()):
             raise ValueError("lowdim leaves every matrix dense, wanted factored ones to guide")
+        if self.train.init_from is not None:
+            raise ValueError(f"init_from is {self.train.init_from}, wanted none for self-guided training")
 
 
 def main(o: Options) -> None:
     info = distributed.init_distributed(o.train.device, o.train.hang_timeout)
     with distributed.hang_report(info, o.train.hang_timeout):
-        info.run_on_rank_0(lambda: train.prepare_missing(o.train.dataset))  # its vocabulary counts
+        info.run_on_rank_0(lambda: train.prepare_missing(o.train.dataset))  # plan needs its vocabulary
         train_in_phases(*plan(o), info)
         info.close()
 
 
-def train_in_phases(c: TrainConfig, guided_steps: int, new_steps: int, info: DistInfo) -> None:
-    run, started = Path(c.out_dir), time.monotonic()
-    note = json.dumps(dict(guided_steps=guided_steps, new_steps=new_steps))
-    done = info.run_on_rank_0(lambda: c.resume != "never" and saved_step(run, note) >= guided_steps)
-    if not done:
-        if info.rank == 0:
-            print(f"self-guided: {guided_steps:,} of {c.max_steps:,} steps, which this table shows with their guides")
-        guided = replace(c, stop_step=min(guided_steps, c.stop_step or guided_steps), init_from=None)
-        train.pretrain(guided, info, partial(guided_model, c, note, info.rank), before_step(c, guided_steps))
-        stopped = run / "stopped.json"  # a signal may come in the very last of these steps
-        done = info.run_on_rank_0(lambda: not stopped.exists() and saved_step(run, note) >= guided_steps)
-    if done:
-        info.run_on_rank_0(lambda: drop_saved_guides(run))
-        if c.stop_step is None or c.stop_step > guided_steps:
-            left = c.max_hours and max(1e-6, c.max_hours - (time.monotonic() - started) / 3600)
-            plain = replace(c, resume="must", max_hours=left)
-            # Where there are more steps than new_steps, the last ones read the tokens of the guided ones again.
-            train.pretrain(plain, info, before_step=lambda _, step: step % new_steps)
-
-
 def plan(o: Options) -> tuple[TrainConfig, int, int]:
-    """Return the options, of more steps with self_guided = 'flops', the guided steps, and the steps over new data."""
+    """Return the options, with all steps in max_steps, the number of guided steps, and the steps that read new data."""
     c, ratio, new_steps = o.train, o.self_guided, o.train.max_steps
     if ratio == "flops":
         gpt = train.with_vocabulary(c, data.open_corpus(c.dataset, "train")).gpt
         with torch.device("meta"):
-            low, dense = GPT(gpt), GPT(replace(gpt, lowdim=LowDim()))
-        ratio = guides.fixed_flop_ratio(dense.flops_per_token(), low.flops_per_token(), guides.guide_flops(low))
-        if not 0 < ratio <= 1:
-            raise UserError(f"self_guided is flops, but would be {ratio:.2f} of the steps, wanted above 0, at most 1")
+            model, dense = GPT(gpt), GPT(replace(gpt, lowdim=LowDim()))
+        ratio = guides.fixed_flop_ratio(model, dense.flops_per_token(), model.flops_per_token())
     guided_steps = round(ratio * new_steps)
-    if not guided_steps:
-        raise UserError(f"self_guided is {o.self_guided} of {new_steps} steps, less than one: wanted more of either")
+    if not 0 < guided_steps <= new_steps:
+        raise UserError(f"self_guided is {o.self_guided}: {guided_steps} steps, wanted 1 to max_steps = {new_steps}")
     if o.self_guided == "flops":
         c = replace(c, max_steps=new_steps + guided_steps, warmup_steps=round((1 + ratio) * c.warmup_steps))
     return c, guided_steps, new_steps
 
 
-def guided_model(c: TrainConfig, note: str, rank: int, gpt: GPTConfig, seed: int | None) -> GPT:
-    """Make a model with guides, new or to be filled. Note the plan in the run's folder, which exists by now."""
-    if rank == 0:
-        checkpoint.write_whole(Path(c.out_dir) / "guided.json", note)
-    model = GPT(gpt, seed)
-    if seed is not None and c.init_from is not None:  # before the guides, which start as the products of the factors
-        tokenizer = data.open_corpus(c.dataset, "train").meta["tokenizer"]
-        energy = init_from.start_from(Path(c.init_from), model, tokenizer)
-        if rank == 0:
-            print(f"weights of {c.init_from}; {init_from.energy_table(energy)}")
-    guides.add_guides(model)
-    return model
+def train_in_phases(c: TrainConfig, guided_steps: int, new_steps: int, info: DistInfo) -> None:
+    run, started = Path(c.out_dir), time.monotonic()
+    note = json.dumps(dict(guided_steps=guided_steps, new_steps=new_steps))
 
+    def guided_model(gpt: GPTConfig, seed: int | None) -> GPT:
+        if info.rank == 0:
+            checkpoint.write_whole(run / "guided.json", note)  # only now does the run's folder exist
+        model = GPT(gpt, seed)
+        guides.add_guides(model)
+        return model
 
-def before_step(c: TrainConfig, guided_steps: int) -> Callable[[GPT, int], int]:
     def set_guides(model: GPT, step: int) -> int:
         guides.set_guides(model, step, guided_steps, c.seed)
         return step
 
-    return set_guides
+    done = info.run_on_rank_0(lambda: c.resume != "never" and saved_step(run, note) >= guided_steps)
+    if not done:
+        if info.rank == 0:
+            print(f"self-guided: {guided_steps:,} of {c.max_steps:,} steps; the table counts the guides too")
+        guided = replace(c, stop_step=min(guided_steps, c.stop_step or guided_steps))
+        train.pretrain(guided, info, guided_model, set_guides)
+        stopped = run / "stopped.json"  # a signal may arrive in the last of these steps
+        done = info.run_on_rank_0(lambda: not stopped.exists() and saved_step(run, note) >= guided_steps)
+    if done:
+        info.run_on_rank_0(lambda: drop_saved_guides(run))
+        if c.stop_step is None or c.stop_step > guided_steps:
+            left = c.max_hours and max(1e-6, c.max_hours - (time.monotonic() - started) / 3600)
+            # Steps after new_steps read the tokens of the guided phase again.
+            plain = replace(c, resume="must", max_hours=left)
+            train.pretrain(plain, info, before_step=lambda _, step: step % new_steps)
 
 
 def saved_step(run: Path, note: str) -> int:
-    """Return the step of the newest checkpoint, -1 without one. Raise UserError where the run has another plan."""
+    """Return the step of the newest checkpoint, or -1. Raise UserError if the run has another plan."""
     path = run / "guided.json"
     if path.exists() and path.read_text() != note:
         raise UserError(f"{run} was begun with {path.read_text()}, wanted {note}: give it another out_dir")
@@ -121,20 +106,15 @@ def saved_step(run: Path, note: str) -> int:
 
 
 def drop_saved_guides(run: Path) -> None:
-    """Save the end of the guided phase again without the guides, and before it the best checkpoint, if another is."""
+    """Save the best checkpoint and the end of the guided phase again, without the guides."""
     best = run / "ckpt" / "best"
-    for place in [best, run] if best.exists() else [run]:  # in this order, as `last` then points to the newest
+    for place in [best, run] if best.exists() else [run]:  # in this order, so that `last` names the newest
         folder, manifest = checkpoint.find(place)
-        if any(guides.is_guide(name) for name in checkpoint.saved_index(folder)):
-            tensors = {
-                f"{part}.{name}": tensor
-                for part in ("model", "optimizer")
-                for name, tensor in checkpoint.load_tensors(folder, part).items()
-                if not guides.is_guide(name)
-            }
-            tokenizer = load_tokenizer(folder, manifest["tokenizer"])
-            state = {name: value for name, value in manifest.items() if name not in ("files", "sha256", "tokenizer")}
-            checkpoint.save(run, tensors, state, tokenizer)
+        if any(".guide" in name for name in checkpoint.saved_index(folder)):
+            tensors = checkpoint.load_tensors(folder, "model"), checkpoint.load_tensors(folder, "optimizer")
+            kept = {f"model.{name}": tensor for name, tensor in tensors[0].items() if ".guide" not in name}
+            kept |= {f"optimizer.{name}": tensor for name, tensor in tensors[1].items() if ".guide" not in name}
+            checkpoint.save(run, kept, manifest, load_tokenizer(folder, manifest["tokenizer"]))
 
 
 if __name__ == "__main__":
