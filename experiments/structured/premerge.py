@@ -1,8 +1,8 @@
-"""Form the dense matrices of factored layers ahead, for decoding, where that is measured to be faster.
+"""Merge factored layers into dense matrices for decoding, where a measurement finds that faster.
 
     python -m experiments.structured.premerge out/lpa_cpu
 
-Prints which layers are merged, up to how many tokens per call, and the time per decoded token before and after. In
+Prints which layers are merged, for calls of up to how many tokens, and the time per decoded token before and after. In
 results/decode_cpu.md merging was 1.4 to 2.2 times slower at C 768 and R 128, so sample.py does not do it.
 """
 
@@ -17,18 +17,18 @@ import tyro
 from torch import Tensor, nn
 
 from config import parse, user_errors
-from experiments.structured.guides import FACTORED
 from lpa import checkpoint, decode, hardware
 from lpa.counts import dense_weight
+from lpa.optim import FACTORED
 from model import GPT
 
+TOKENS = 64  # to decode for a measurement
 MOST_TOKENS = 1024  # of a call for which premerge tries the dense matrix
 
 
 @dataclass(frozen=True)
 class Options:
     run: tyro.conf.Positional[Path]
-    tokens: int = 64
 
 
 def main(o: Options) -> None:
@@ -36,21 +36,21 @@ def main(o: Options) -> None:
     model, _, _ = checkpoint.load_model(o.run, device)
     idx = torch.zeros(1, 1, dtype=torch.long, device=device)
 
-    def draw() -> None:
-        for _ in decode.generate(model, idx, o.tokens, model.config.vocab_size, temperature=0):
+    def write() -> None:
+        for _ in decode.generate(model, idx, TOKENS, model.config.vocab_size, temperature=0):
             pass
 
-    before = hardware.fastest(draw, device, seconds=2.0)
+    before = hardware.fastest(write, device, seconds=2.0)
     print("\n".join(premerge(model)))
-    after = hardware.fastest(draw, device, seconds=2.0)
-    print(f"ms per token: {1e3 * before / o.tokens:.3f} before, {1e3 * after / o.tokens:.3f} after")
+    after = hardware.fastest(write, device, seconds=2.0)
+    print(f"ms per token: {1e3 * before / TOKENS:.3f} before, {1e3 * after / TOKENS:.3f} after")
 
 
 class Merged(nn.Module):
-    """A factored layer with its dense matrix beside it, which does not follow the factors.
+    """Apply the dense matrix of a factored layer in calls of up to `few` tokens, and the factors in longer ones.
 
-    A call of up to `few` tokens, batch and time together, takes the matrix, as it costs one product; a longer one takes
-    the factors, as they cost fewer FLOPs (arXiv 2406.16450).
+    The matrix needs only one product, the factors need fewer FLOPs (arXiv 2406.16450). It does not follow later changes
+    of the factors.
     """
 
     weight: Tensor
@@ -68,24 +68,23 @@ class Merged(nn.Module):
 
 @torch.inference_mode()
 def premerge(model: GPT) -> list[str]:
-    """Wrap the factored layers for which a dense matrix is faster, here and now. Return lines that say what was found.
+    """Replace the factored layers for which the dense matrix is faster on this device. Return a report in lines.
 
-    k and v stay as they are where the cache keeps their latents, which need B apart.
+    k and v stay factored where the cache holds their latents, because decoding then needs B alone.
     """
-    rank_k, rank_v = decode.latent_ranks(model.config)
-    apart = {name for name, rank in (("k", rank_k), ("v", rank_v)) if rank}
+    latent = {name for name, rank in zip("kv", decode.latent_ranks(model.config)) if rank}
     groups: dict[tuple, list[str]] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, FACTORED) and name.rpartition(".")[2] not in apart:
+        if isinstance(layer, FACTORED) and name.rpartition(".")[2] not in latent:
             groups.setdefault((type(layer).__name__, layer.A.shape, layer.B.shape), []).append(name)
     lines, extra = [], 0
     for (kind, *_), names in groups.items():
-        layers = [Merged(model.get_submodule(name)) for name in names]
-        few, (d_out, d_in) = few_tokens(layers), layers[0].weight.shape
-        found = f"merged for calls of up to {few} tokens" if few else "left apart, which is faster for one token too"
+        layers = {name: Merged(model.get_submodule(name)) for name in names}
+        few, (d_out, d_in) = few_tokens(list(layers.values())), layers[names[0]].weight.shape
+        found = f"merged for calls of up to {few} tokens" if few else "not merged, slower for one token too"
         lines.append(f"{len(layers)} {kind} layers {d_in} -> {d_out}: {found}")
-        for name, layer in zip(names, layers):
-            if few:
+        if few:
+            for name, layer in layers.items():
                 layer.few = few
                 model.set_submodule(name, layer)
                 extra += layer.weight.nbytes
@@ -93,7 +92,7 @@ def premerge(model: GPT) -> list[str]:
 
 
 def few_tokens(layers: list[Merged]) -> int:
-    """Return up to how many tokens, of 1, 2, 4, ..., the matrices of these layers of one shape are faster; 0 = none."""
+    """Return the largest of 0, 1, 2, 4, ... tokens up to which the matrices of these equal layers are faster."""
     weight, few = layers[0].weight, 0
     while (tokens := max(1, 2 * few)) <= MOST_TOKENS:
         x = weight.new_ones(tokens, 1, weight.size(1))
@@ -104,7 +103,7 @@ def few_tokens(layers: list[Merged]) -> int:
 
 
 def seconds_of(layers: list[Merged], x: Tensor, few: int) -> float:
-    """Return the time of all layers in turn, so that their weights come from cache or memory as in the model."""
+    """Return the time of all layers one after the other, so that caches hold as much of their weights as in a model."""
     for layer in layers:
         layer.few = few
     return hardware.fastest(lambda: [layer(x) for layer in layers], x.device, seconds=0.03)

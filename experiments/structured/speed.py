@@ -1,4 +1,4 @@
-"""Time the feed-forwards of arXiv 2406.16450 against dense ones, and how fast its models write.
+"""Measure how fast the feed-forwards of arXiv 2406.16450 are, and how fast its models generate text.
 
     python -m experiments.structured.speed                      up and down, forward and backward, by kind and width
     python -m experiments.structured.speed --part=throughput    tokens per second of wide and structured models, of GQA
@@ -10,7 +10,6 @@ import datetime
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,11 @@ from torch import nn
 
 import bench
 from config import load_config, parse, user_errors
-from lpa import cpu, hardware, structured
-from model import GPT, LowRank, dense
+from experiments.sweep import write_page
+from lpa import cpu, hardware
+from model import GPT, GPTConfig, LowDim, projection
+
+PRESETS = ("gqa_m", "wide_structured_m", "gqa_l", "wide_structured_l")  # pairs: a plain one, then a structured one
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,13 @@ class Options:
     widths: tuple[int, ...] = (768, 2048)
     """speed: C, a multiple of 16. Published: 768 to 6144."""
     tokens: tuple[int, ...] = (1, 4096)
-    """speed: tokens of a call; one of 1 to 4 is timed forward alone, as decoding is. Published: up to 30,000."""
+    """speed: tokens of a call; with 1 to 4 only the forward pass is timed, as in decoding. Published: up to 30,000."""
     rounds: int = 5
-    """speed: the kinds take turns; the median of their ratios to dense counts."""
-    presets: tuple[str, ...] = ("gqa_m", "wide_structured_m", "gqa_l", "wide_structured_l")
-    """throughput: each pair of a plain preset and the one that is compared with it."""
+    """speed: measure the kinds in turns so many times, and take the median of their ratios to dense."""
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """throughput: rows written side by side, until memory ends."""
+    """throughput: sequences at once; stop when memory is full."""
     generate: int = 256
-    """throughput: tokens of each row, as published."""
+    """throughput: tokens of each sequence, as published."""
     out: Path = Path("results")
 
 
@@ -53,8 +53,7 @@ def main(o: Options) -> None:
     command = f"python -m experiments.structured.speed {shlex.join(sys.argv[1:])}".rstrip()
     lines = [f"# Structured feed-forwards: {o.part}\n", on, f"Command: `{command}`\n"]
     lines += speed(o, device) if o.part == "speed" else throughput(o, device)
-    o.out.mkdir(parents=True, exist_ok=True)
-    (o.out / f"structured_ffn_{o.part}.md").write_text("\n".join(lines) + "\n")
+    write_page(o.out / f"structured_ffn_{o.part}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
@@ -64,31 +63,27 @@ def kinds(C: int, part: int) -> dict[str, int | str]:
     return {"low rank": C // part, "block-dense": f"blockdense:{rank}:2", "block-shuffle": f"blockshuffle:{part}"}
 
 
-def make(kind: int | str, d_in: int, d_out: int, device: torch.device) -> nn.Module:
-    with device:
-        if isinstance(kind, str):
-            layer = structured.make(kind, d_in, d_out, bias=False)
-        else:
-            layer = LowRank(d_in, d_out, kind, bias=False) if kind else dense(d_in, d_out, bias=False)
-    for p in layer.parameters():
+def make_pair(kind: int | str, C: int) -> nn.ModuleList:
+    """Return the layers C -> 4 C and 4 C -> C of a kind."""
+    c = GPTConfig(n_embd=C, n_head=1, ffn_dim=4 * C, lowdim=LowDim(up=kind, down=kind))
+    pair = nn.ModuleList([projection(c, "up"), projection(c, "down")])
+    for p in pair.parameters():
         nn.init.normal_(p, 0, 0.02)
-    return layer
+    return pair
 
 
 def speed(o: Options, device: torch.device) -> list[str]:
-    """Return a table of the milliseconds of a feed-forward, with how many times as fast as dense it is."""
+    """Return a table of the milliseconds of a feed-forward, and how many times as fast as dense it is."""
     names = list(kinds(16, 2))
-    lines = ["Up and down with nothing between; forward and backward, or forward alone for 1 to 4 tokens."]
+    lines = ["Up and down with nothing between; forward and backward, or only forward for 1 to 4 tokens."]
     lines += ["Milliseconds; in brackets how many times as fast as dense.\n"]
     lines += [f"| C | tokens | | dense | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
     for C in o.widths:
         for N in o.tokens:
             copies = max(1, min(2**24 // (8 * C * C), 2**28 // (8 * C * C * N)))  # few tokens: more than a cache holds
             for share, part in (("63 %", 2), ("32 %", 4)):
-                runs = {
-                    name: feed_forward(kind, C, N, copies, o.dtype, device)
-                    for name, kind in ({"dense": 0} | kinds(C, part)).items()
-                }
+                all_kinds = {"dense": 0} | kinds(C, part)
+                runs = {name: feed_forward(kind, C, N, copies, o.dtype, device) for name, kind in all_kinds.items()}
                 bench.alternate(runs, 1, device)
                 times = bench.alternate(runs, o.rounds, device)
                 cells = [f"{statistics.median(times['dense']) / copies:.3g}"]
@@ -101,9 +96,10 @@ def speed(o: Options, device: torch.device) -> list[str]:
 
 
 def feed_forward(kind: int | str, C: int, N: int, copies: int, dtype: str, device: torch.device) -> Callable[[], None]:
-    """Return a call that sends N tokens through so many feed-forwards, and back where N is above 4."""
-    pairs = [(make(kind, C, 4 * C, device), make(kind, 4 * C, C, device)) for _ in range(copies)]
-    x = torch.randn(N, C, device=device, requires_grad=True)
+    """Return a function that runs N tokens forward through each copy of a feed-forward, and backward if N > 4."""
+    with device:
+        pairs = [make_pair(kind, C) for _ in range(copies)]
+        x = torch.randn(N, C, requires_grad=True)
 
     def run() -> None:
         with torch.set_grad_enabled(N > 4):
@@ -117,11 +113,11 @@ def feed_forward(kind: int | str, C: int, N: int, copies: int, dtype: str, devic
 
 
 def throughput(o: Options, device: torch.device) -> list[str]:
-    """Return a table of the tokens per second of each preset, greedy, with weights drawn at random."""
-    lines = [f"{o.generate} tokens of each row, greedy, from one token on; weights drawn at random.\n"]
+    """Return a table of the tokens per second of each preset, greedy, with random weights."""
+    lines = [f"{o.generate} tokens of each sequence, greedy, after one token; random weights.\n"]
     lines += ["| preset | parameters | tokens/s by batch | most | over the preset above |", "|---" * 5 + "|"]
     most: list[float] = []
-    for number, preset in enumerate(o.presets):
+    for number, preset in enumerate(PRESETS):
         flags = ["--vocab_size=32000", f"--block_size={o.generate + 1}", f"--dtype={o.dtype}"]
         c = load_config([f"experiments/structured/config/{preset}.py", *flags])
         with device:
@@ -131,14 +127,10 @@ def throughput(o: Options, device: torch.device) -> list[str]:
             x = torch.zeros(batch, 1, dtype=torch.long, device=device)
             try:
                 bench.decoding(model, x, 1, c)()
-                draw = bench.decoding(model, x, o.generate, c)
-                hardware.synchronize(device)
-                start = time.perf_counter()
-                draw()
-                hardware.synchronize(device)
+                times = bench.alternate({preset: bench.decoding(model, x, o.generate, c)}, 1, device)
             except torch.OutOfMemoryError:
                 break
-            rates[batch] = batch * o.generate / (time.perf_counter() - start)
+            rates[batch] = 1000 * batch * o.generate / times[preset][0]
         most.append(max(rates.values(), default=0.0))
         over = f"{most[-1] / most[-2] - 1:+.1%}" if number % 2 and most[-2] else ""
         shown = ", ".join(f"{batch}: {rate:,.0f}" for batch, rate in rates.items())

@@ -7,16 +7,14 @@ loss      published: perplexity 14.40 after 14.6B tokens of RefinedWeb; not meas
 """
 
 from experiments.structured.config.structured import *  # noqa: F403
-from experiments.structured.config.structured import tokens_per_step
 
 out_dir = "out/gqa_l"
-
 n_layer = 24
 n_head = 12
 n_kv_head = 2
 n_embd = 1536
 ffn_dim = 7424
 learning_rate = 2.5e-4
-max_steps = 14_580_000_000 // tokens_per_step
-min_lr = learning_rate / 10
-warmup_steps = max_steps // 10
+min_lr = 2.5e-5
+max_steps = 27_809  # 14.6B tokens
+warmup_steps = 2_780

@@ -7,16 +7,14 @@ loss      published: perplexity 18.23 after 6.7B tokens of RefinedWeb; not measu
 """
 
 from experiments.structured.config.structured import *  # noqa: F403
-from experiments.structured.config.structured import tokens_per_step
 
 out_dir = "out/gqa_m"
-
 n_layer = 24
 n_head = 16
 n_kv_head = 4
 n_embd = 1024
 ffn_dim = 4864
 learning_rate = 3e-4
-max_steps = 6_700_000_000 // tokens_per_step
-min_lr = learning_rate / 10
-warmup_steps = max_steps // 10
+min_lr = 3e-5
+max_steps = 12_779  # 6.7B tokens
+warmup_steps = 1_277

@@ -6,19 +6,11 @@ time      not measured
 loss      published: perplexity 17.89 after 10.6B tokens of RefinedWeb; not measured here
 """
 
-from experiments.structured.config.structured import *  # noqa: F403
-from experiments.structured.config.structured import tokens_per_step
+from experiments.structured.config.gqa_m import *  # noqa: F403
 
 out_dir = "out/wide_structured_m"
-
-n_layer = 24
 n_head = 8
-n_kv_head = 4
-n_embd = 1024
 attn_dim = 512
-ffn_dim = 4864
 lowdim = dict(up=512, down=512)
-learning_rate = 3e-4
-max_steps = 10_580_000_000 // tokens_per_step
-min_lr = learning_rate / 10
-warmup_steps = max_steps // 10
+max_steps = 20_179  # 10.6B tokens
+warmup_steps = 2_017
