@@ -1,24 +1,20 @@
 """Fit a scaling law to finished runs: how should the size of a model grow with its data?
 
-    python -m experiments.scaling.law --plan --hours=6                             makes the runs of two families, then:
+    python -m experiments.scaling.law --plan --hours=6          train the runs of two families, compare them
     python -m experiments.scaling.law out/scaling/setting2_cpu --against out/scaling/setting2_cpu_dense
-    python -m experiments.scaling.law runs.csv --budget=1e18 --tokens=1e9          a table with columns N, D and loss
+    python -m experiments.scaling.law runs.csv --budget=1e18 --tokens=1e9     a table with columns N, D, loss
 
-Fits L(N, D) = E + A / N^alpha + B / D^beta and prints the compute-optimal N and D of a budget, the N of a given D, the
-interval of gamma in N ~ D^gamma that beta implies (Kausik, arXiv 2402.14746), and the gamma of the runs themselves.
-With --against it also prints how much data, size or compute one family saves over the other. What the runs do not
-determine is refused. A run must have reached the end of its own schedule; others are left out, and named. Writes
-OUT.md, OUT.png and OUT.svg. The mathematics is in experiments/scaling/fit.py.
+Fits L(N, D) = E + A / N^alpha + B / D^beta and prints the compute-optimal N and D of a budget, the N of a
+given D, the interval of gamma in N ~ D^gamma that beta implies (Kausik, arXiv 2402.14746), and the gamma of
+the runs themselves. With --against it also prints how much data, size or compute one family saves over the
+other. A run that did not reach the end of its schedule is left out with a note. Writes OUT.md, .png and .svg.
 """
 
 import csv
-import dataclasses
 import datetime
-import itertools
 import math
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,13 +22,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-import data
 from config import UserError, parse, user_errors
 from experiments import plot
 from experiments.logs import Run, read_run
 from experiments.scaling import plan as runs_plan
-from experiments.scaling.fit import Fit, Law, Points, compare, fit, gamma_of_runs
-from experiments.sweep import markdown_table, write_page
+from experiments.scaling.fit import TOLERANCE, Fit, Points, fit, gamma_of_runs, interval, ratios
+from experiments.sweep import markdown_table
 
 
 @dataclass(frozen=True)
@@ -40,17 +35,13 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders of one family, folders of run folders, or CSV files with columns N, D, loss."""
     against: tuple[Path, ...] = ()
-    """The runs of another family, which the first is compared with."""
+    """The runs of another family, with which the first is compared."""
     count: Literal["total", "blocks"] = "total"
     """What N counts in run folders: all parameters, or those without embeddings and head."""
     budget: float | None = None
     """FLOPs, C = 6 N D, at the optimum; None = those of the most expensive run."""
     tokens: float | None = None
     """The D to find an N for; None = that of the longest run."""
-    anchor: tuple[float, float] | None = None
-    """N and D of an efficient run, from which D^gamma starts; None = the smallest good enough one at the largest D."""
-    tolerance: float = 0.02
-    """Nats above the best run of the same D that are still good enough."""
     resamples: int = 200
     """Fits to runs drawn with replacement, for the errors."""
     out: Path = Path("results/scaling")
@@ -61,95 +52,76 @@ class Options:
     def __post_init__(self) -> None:
         if bool(self.runs) == self.plan:
             raise ValueError("wanted either runs to read, or --plan to make some")
-        for name in ("budget", "tokens", "tolerance", "resamples"):
+        for name in ("budget", "tokens", "resamples"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted above 0")
-        if self.anchor is not None and not all(0 < value < math.inf for value in self.anchor):
-            raise ValueError(f"anchor is {self.anchor}, wanted N and D above 0")
 
 
 def main(o: Options) -> None:
+    groups = [paths for paths in (o.runs, o.against) if paths]
     if o.plan:
-        folders = runs_plan.train(o.grid)
-        if o.grid.dry_run:
-            return
-        first, *others = folders[::-1]  # the first preset is what the second is compared with
-        o = dataclasses.replace(o, runs=(first,), against=tuple(others), plan=False)
-    families = [read(paths, o.count) for paths in (o.runs, o.against) if paths]
-    require_same_measure([(points.name, points.measure) for points in families if points.measure])
+        # The last preset comes first: it is compared with the one before it.
+        groups = [(folder,) for folder in reversed(runs_plan.train(o.grid))]
+    families = [read(paths, o.count) for paths in groups]
+    require_same_measure([run for points in families for run in points.runs])
     fits = [fit(points, o.resamples) for points in families]
     what = "all parameters" if o.count == "total" else "parameters without embeddings and head"
     lines = ["# Scaling law\n", f"{datetime.date.today()}. N: {what}. D: training tokens. C = 6 N D FLOPs."]
     lines.append(f"Command: `python -m experiments.scaling.law {shlex.join(sys.argv[1:])}`\n")
     for fitted in fits:
         lines += [*report(o, fitted), ""]
-    if o.against:
+    if len(fits) == 2:
         lines += comparison(o, *fits)
     text = "\n".join(lines) + "\n"
     print(text)
-    write_page(o.out.with_suffix(".md"), text)
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    o.out.with_suffix(".md").write_text(text)
     draw(o, fits)
 
 
-# --- Reading -------------------------------------------------------------------------------------------------------
-
-
 def read(paths: tuple[Path, ...], count: str) -> Points:
-    """Read the finished runs at these places as one family. Raise UserError where there is nothing to read."""
-    name = " ".join(path.stem for path in paths[:3]) + (" ..." if len(paths) > 3 else "")
-    rows, notes, measures = [], [], []
+    """Return the finished runs of these folders and files as one family. Raise UserError without any log."""
+    rows, notes, runs = [], [], []
     for path in paths:
         if path.suffix == ".csv":
             rows += read_csv(path)
             continue
         logs = [path / "log.jsonl"] if (path / "log.jsonl").exists() else sorted(path.glob("*/log.jsonl"))
         if not logs:
-            raise UserError(f"{path} is no run folder and holds none, wanted some that train.py wrote, or a .csv")
-        for log in logs:
-            try:
-                run = read_run(log.parent)
-            except UserError as error:
-                notes.append(f"left out: {error}")
-                continue
+            raise UserError(f"{path} is no run folder and holds none, wanted one, a folder of them or a .csv")
+        for run in map(read_run, logs):
             last, steps = run.evaluations[-1] if run.evaluations else dict(step=0), run.options["max_steps"]
             if last["step"] < steps:
-                at = f"{log.parent} was evaluated last at step {last['step']} of {steps}"
-                notes.append(f"left out: {at}, not at its schedule's end")
+                at = f"step {last['step']} of {steps}"
+                notes.append(f"left out: the last evaluation of {run.path.parent} is at {at}")
                 continue
             size = run.parameters if count == "total" else run.parameters_in_blocks
             rows.append((size, last["tokens"], last["val_loss"]))
-            measures.append((str(log.parent), measure(run)))
-            notes += repetition(run)
-    require_same_measure(measures)
+            runs.append(run)
+    name = " ".join(path.stem for path in paths[:3]) + (" ..." if len(paths) > 3 else "")
     N, D, loss = np.array(rows, dtype=float).reshape(-1, 3).T  # (runs,) each
-    return Points(name, N, D, loss, tuple(notes), measures[0][1] if measures else {})
+    return Points(name, N, D, loss, tuple(notes), tuple(runs))
+
+
+def require_same_measure(runs: list[Run]) -> None:
+    """Raise UserError where a nat per token is not the same in all runs."""
+    for run in runs:
+        expected = measure(runs[0])
+        for what, value in measure(run).items():
+            if value != expected[what]:
+                found = f"{what} is {expected[what]} in {runs[0].path} and {value} in {run.path}"
+                raise UserError(f"{found}: losses cannot be compared")
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Return what a nat per token depends on beside the model."""
+    """Return what a loss depends on besides the model."""
     known = {name: run.options[name] for name in ("eval_tokens", "gpt.vocab_size")}
-    return known | {"dataset": Path(run.options["dataset"]).name, "bits per byte of a nat": run.bits_per_nat()}
-
-
-def require_same_measure(measures: list[tuple[str, dict[str, Any]]]) -> None:
-    """Raise UserError where two of these runs or families, each with its name, cannot be compared."""
-    for (first, a), (other, b) in itertools.pairwise(measures):
-        for name, value in a.items():
-            if value != b[name] and not (isinstance(value, float) and math.isclose(value, b[name], rel_tol=1e-6)):
-                raise UserError(f"{name} is {value} in {first} and {b[name]} in {other}: losses cannot be compared")
-
-
-def repetition(run: Run) -> list[str]:
-    """Return a note if a run saw its corpus more than once; none if the corpus is not here."""
-    try:
-        epochs = run.evaluations[-1]["tokens"] / data.open_corpus(run.options["dataset"], "train").tokens
-    except UserError:
-        return []
-    return [f"{run.path.parent} saw its tokens {epochs:.1f} times: repeated ones teach less"] if epochs > 1 else []
+    bits = round(run.bits_per_nat() or 0, 6)
+    return known | {"dataset": Path(run.options["dataset"]).name, "bits per byte of a nat": bits}
 
 
 def read_csv(path: Path) -> list[tuple[float, ...]]:
-    """Return N, D and loss of each line. Raise UserError naming the line that is not three positive numbers."""
+    """Return N, D and loss of each line. Raise UserError with the line that is not three positive numbers."""
     rows: list[tuple[float, ...]] = []
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -163,90 +135,89 @@ def read_csv(path: Path) -> list[tuple[float, ...]]:
     return rows
 
 
-# --- The report ----------------------------------------------------------------------------------------------------
-
-
 def report(o: Options, f: Fit) -> list[str]:
+    """Return the lines about one family: its law, the optimum of a budget and of a length, and gamma."""
     p, law = f.points, f.law
     rms = np.sqrt(np.mean((np.log(p.loss) - np.log(law.loss(p.N, p.D))) ** 2))
     span = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in p.ranges().items())
     table = [["", "best fit", "standard error", "5 %", "95 %"]]
-    for name in ("E", "A", "alpha", "B", "beta"):
-        value, low, high = f.interval(lambda law, name=name: getattr(law, name))
-        error = f"{f.error(lambda law, name=name: getattr(law, name)):.2g}"
-        undetermined = name == "E" and f.at_zero_entropy()
-        table.append([name, f"{value:.5g}", "undetermined" if undetermined else error, f"{low:.4g}", f"{high:.4g}"])
-    C, D = budget_of(o, [f]), o.tokens or float(p.D.max())
-    N_best, D_best = (spread(f, lambda law, i=i: law.optimum(C)[i]) for i in (0, 1))
-    far = [*p.beyond(C=C, **dict(zip("ND", law.optimum(C)))), *p.beyond(N=law.size(D), D=D)]
+    for name, values in vars(f.laws).items():
+        value, low, high = interval(values)
+        error = f"{np.nanstd(values[1:], ddof=1):.2g}"
+        table.append([name, f"{value:.5g}", error, f"{low:.4g}", f"{high:.4g}"])
+    notes = list(f.notes)
+    if law.E / p.loss.min() < 0.01:
+        table[1][2] = "undetermined"
+        notes.append(f"E is {law.E:.2g}, at its bound of 0: these runs do not determine it")
+    C, D = o.budget or p.ranges()["C"][1], o.tokens or p.D.max()
+    N_best, D_best = f.laws.optimum(C)
+    optimum = f"N = {spread(N_best)}, D = {spread(D_best)}, loss {spread(f.laws.loss(N_best, D_best))}"
+    far = [*p.beyond(C=C, N=N_best[0], D=D_best[0]), *p.beyond(N=law.size(D), D=D)]
     return [
         f"## {p.name}\n",
         f"{len(p.loss)} runs: {span}. The residual of ln L is {rms:.2g} (root mean square).\n",
         markdown_table(table),
         "",
-        f"- Compute-optimal at C = {C:.3g}: N = {N_best}, D = {D_best},"
-        f" loss {spread(f, lambda law: law.loss(*law.optimum(C)))}.",
-        f"- Compute-optimal at D = {D:.3g}: N = {spread(f, lambda law: law.size(D))}.",
-        *gamma_lines(o, f),
-        *(f"- Note: {what}: the law is not tested there." for what in dict.fromkeys(far)),
-        *(f"- Note: {note}." for note in f.notes),
+        f"- Compute-optimal at C = {C:.3g}: {optimum}.",
+        f"- Compute-optimal at D = {D:.3g}: N = {spread(f.laws.size(D))}.",
+        *gamma_lines(f, o.tokens or 10 * p.D.max()),
+        *(f"- Note: {place}: the law is not tested there." for place in dict.fromkeys(far)),
+        *(f"- Note: {note}." for note in notes),
     ]
 
 
-def budget_of(o: Options, fits: list[Fit]) -> float:
-    """Return the FLOPs to look at: --budget, or the most that every family has spent."""
-    return o.budget or min(f.points.ranges()["C"][1] for f in fits)
-
-
-def gamma_lines(o: Options, f: Fit) -> list[str]:
-    low, high = (spread(f, lambda law, i=i: law.gamma()[i], ".2f") for i in (0, 1))
-    N0, D0 = anchor(o, f.points)
-    D = o.tokens or 10 * float(f.points.D.max())
-    # With beta of 0.5 or more the lower end is 0.
-    ends = " to ".join(f"{N0 * (D / D0) ** max(0.0, gamma):.3g}" for gamma in f.law.gamma())
-    gamma, error, found = gamma_of_runs(f.points, o.tolerance)
-    pairs = ", ".join(f"{N:.3g} at {D:.3g}" for D, N in found) or "at no D"
-    seen = f"gamma = {gamma:.2f} ± {error:.2f}" if math.isfinite(gamma) else "too few lengths for a gamma"
-    return [
-        f"- N ~ D^gamma with gamma between {low} and {high}: 1 - 2 beta and 1 - beta of this fit's own beta.",
-        f"- So, from N = {N0:.3g} at D = {D0:.3g}, an efficient model of D = {D:.3g} tokens has N = {ends}.",
-        f"- The smallest N within {o.tolerance:g} nats of the best of its D: {seen} (N = {pairs}).",
-    ]
-
-
-def anchor(o: Options, p: Points) -> tuple[float, float]:
-    """Return N and D of --anchor, or of the smallest run at the largest D that is good enough."""
-    D = p.D.max()
-    longest = p.take(p.D == D)
-    good = longest.loss <= longest.loss.min() + o.tolerance
-    return o.anchor or (float(longest.N[good].min()), float(D))
-
-
-def spread(f: Fit, value: Callable[[Law], float], form: str = ".3g") -> str:
-    """Return '1.2e+06 (1.1e+06 to 1.3e+06)': of the best fit, and from 5 to 95 % of the resamples."""
-    best, low, high = (format(v, form) for v in f.interval(value))
+def spread(values: np.ndarray, form: str = ".3g") -> str:
+    """Return '1.2e+06 (1.1e+06 to 1.3e+06)': the best fit, and 5 to 95 % of the resamples."""
+    best, low, high = (format(value, form) for value in interval(values))
     return f"{best} ({low} to {high})"
 
 
+def gamma_lines(f: Fit, D: float) -> list[str]:
+    """Return the lines about gamma in N ~ D^gamma, with the N of D tokens."""
+    low, high = (spread(values, ".2f") for values in f.laws.gamma())
+    longest = f.points.D.max()
+    anchor = sizes_from_anchor(f, longest)[0]
+    ends = " to ".join(f"{N:.3g}" for N in sizes_from_anchor(f, D))
+    gamma, error, found = gamma_of_runs(f.points)
+    pairs = ", ".join(f"{N:.3g} at {D:.3g}" for D, N in found) or "at no D"
+    seen = f"gamma = {gamma:.2f} ± {error:.2f}" if math.isfinite(gamma) else "too few lengths for a gamma"
+    start = f"N = {anchor:.3g} at D = {longest:.3g}"
+    return [
+        f"- N ~ D^gamma with gamma between {low} and {high}: 1 - 2 beta and 1 - beta of this fit's own beta.",
+        f"- So, from {start}, an efficient model of D = {D:.3g} tokens has N = {ends}.",
+        f"- The smallest N within {TOLERANCE:g} nats of the best of its D: {seen} (N = {pairs}).",
+    ]
+
+
+def sizes_from_anchor(f: Fit, D: Any) -> list[Any]:
+    """Return N ~ D^gamma from the smallest good enough run of the largest D, at both ends of gamma."""
+    D0 = f.points.D.max()
+    longest = f.points.take(f.points.D == D0)
+    N0 = longest.N[longest.loss <= longest.loss.min() + TOLERANCE].min()
+    # With a beta of 0.5 or more the lower end is 0.
+    return [N0 * (D / D0) ** max(0.0, gamma) for gamma in f.law.gamma()]
+
+
 def comparison(o: Options, f: Fit, reference: Fit) -> list[str]:
-    """Say what f needs for the loss of the reference at its optimum; refuse where a family has no runs near it."""
-    C = budget_of(o, [f, reference])
+    """Return what f needs for the loss of the reference at its optimum, or why the runs do not show it."""
+    families = f.points, reference.points
+    C = o.budget or min(points.ranges()["C"][1] for points in families)
     N, D = reference.law.optimum(C)
     loss = reference.law.loss(N, D)
-    lines = [f"## {f.points.name} against {reference.points.name}\n"]
-    if far := [what for p in (f.points, reference.points) for what in p.beyond(C=C, N=N, D=D)]:
-        return [*lines, f"Not compared at the optimum of {reference.points.name}: {'; '.join(far)}.\n"]
-    lines.append(f"To reach the loss {loss:.4f} that {reference.points.name} has at its optimum")
-    lines.append(f"for C = {C:.3g}, N = {N:.3g} and D = {D:.3g}, {f.points.name} needs, as a share of that:\n")
-    names = dict(compute="C, at its own optimum", data="D, at that N", size="N, at that D")
+    name, other = (points.name for points in families)
+    lines = [f"## {name} against {other}\n"]
+    if far := [place for points in families for place in points.beyond(C=C, N=N, D=D)]:
+        return [*lines, f"Not compared at the optimum of {other}: {'; '.join(far)}.\n"]
+    lines.append(f"To reach the loss {loss:.4f} that {other} has at its optimum")
+    lines.append(f"for C = {C:.3g}, N = {N:.3g} and D = {D:.3g}, {name} needs, as a share of that:\n")
+    needs = dict(compute="C, at its own optimum", data="D, at that N", size="N, at that D")
     table = [["what it needs", "share", "5 %", "95 %"]]
-    for name, shares in compare(f, reference, C).items():
-        table.append([names[name], *("never" if share > 1e6 else f"{share:.3g}" for share in shares)])
-    far = [what for p in (f.points, reference.points) for what in p.beyond(loss=loss)]
-    return [*lines, markdown_table(table), "", *(f"- Note: {what}: the law is not tested there." for what in far), ""]
-
-
-# --- Pictures ------------------------------------------------------------------------------------------------------
+    for what, values in ratios(f.laws, reference.laws, C).items():
+        shares = ("never" if share > 1e6 else f"{share:.3g}" for share in interval(values))
+        table.append([needs[what], *shares])
+    far = [place for points in families for place in points.beyond(loss=loss)]
+    notes = [f"- Note: {place}: the law is not tested there." for place in far]
+    return [*lines, markdown_table(table), "", *notes, ""]
 
 
 def draw(o: Options, fits: list[Fit]) -> None:
@@ -254,10 +225,10 @@ def draw(o: Options, fits: list[Fit]) -> None:
     figure, axes = plot.new_figure(11, 4.4 * len(fits), rows=len(fits), columns=2)
     for f, (left, right) in zip(fits, axes):
         draw_isoflops(f, left)
-        draw_frontier(o, f, right)
+        draw_frontier(f, right)
         left.set_title(f.points.name, loc="left")
-        for ax in (left, right):
-            ax.legend(frameon=False, fontsize=8)
+        left.legend(frameon=False, fontsize=8)
+        right.legend(frameon=False, fontsize=8)
     plot.save(figure, o.out)
 
 
@@ -272,24 +243,22 @@ def draw_isoflops(f: Fit, axes: "plot.Axes") -> None:
         axes.plot(sizes, f.law.loss(sizes, C / 6 / sizes), label=f"C = {C:.1e}", **look | dict(marker=""))
         N, D = f.law.optimum(C)
         axes.plot([N], [f.law.loss(N, D)], color=look["color"], marker="*", markersize=12)
-        at = nearest == i
-        axes.plot(p.N[at], p.loss[at], color=look["color"], marker=look["marker"], linestyle="")
+        axes.plot(p.N[nearest == i], p.loss[nearest == i], **look | dict(linestyle=""))
     margin = 0.1 * (p.loss.max() - p.loss.min())
     axes.set(xscale="log", xlabel="N, parameters", ylabel="validation loss (nats per token)\nlines: the law")
     axes.set(xlim=(sizes[0], sizes[-1]), ylim=(p.loss.min() - margin, p.loss.max() + margin))
 
 
-def draw_frontier(o: Options, f: Fit, axes: "plot.Axes") -> None:
-    """Draw N against D: compute-optimal with its 5 to 95 % band, Kausik's interval, and the runs' own frontier."""
+def draw_frontier(f: Fit, axes: "plot.Axes") -> None:
+    """Draw N against D: the optimum with its 5 to 95 % band, Kausik's interval, and the runs' frontier."""
     p = f.points
     lengths = np.geomspace(p.D.min(), 10 * p.D.max(), 50)
-    best, low, high = np.array([f.interval(lambda law, D=D: law.size(D)) for D in lengths]).clip(max=1e300).T
+    best, low, high = np.clip(interval(f.laws.size(lengths[:, None])), 0, 1e300)  # (50,) each
     axes.plot(lengths, best, label="compute-optimal", **plot.style(0) | dict(marker=""))
     axes.fill_between(lengths, low, high, color="#000000", alpha=0.12, linewidth=0)
-    N0, D0 = anchor(o, p)
-    ends = [N0 * (lengths / D0) ** max(0.0, gamma) for gamma in f.law.gamma()]
-    axes.fill_between(lengths, *ends, color="#0072b2", alpha=0.3, linewidth=0, label="D^gamma from the anchor")
-    if found := gamma_of_runs(p, o.tolerance)[2]:
+    look = dict(color="#0072b2", alpha=0.3, linewidth=0, label="D^gamma from the anchor")
+    axes.fill_between(lengths, *sizes_from_anchor(f, lengths), **look)
+    if found := gamma_of_runs(p)[2]:
         axes.plot(*zip(*found), label="smallest good enough", **plot.style(1) | dict(linestyle=""))
     axes.plot(p.D, p.N, color="0.6", marker=".", linestyle="", label="runs")
     axes.set(xscale="log", yscale="log", xlabel="D, training tokens", ylabel="N, parameters")
