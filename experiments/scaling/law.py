@@ -92,8 +92,7 @@ def read(paths: tuple[Path, ...], count: str) -> Points:
         for run in map(read_run, logs):
             last, steps = run.evaluations[-1] if run.evaluations else dict(step=0), run.options["max_steps"]
             if last["step"] < steps:
-                at = f"step {last['step']} of {steps}"
-                notes.append(f"left out: the last evaluation of {run.path.parent} is at {at}")
+                notes.append(f"left out: {run.path.parent} ends at step {last['step']} of {steps}")
                 continue
             size = run.parameters if count == "total" else run.parameters_in_blocks
             rows.append((size, last["tokens"], last["val_loss"]))
@@ -105,19 +104,21 @@ def read(paths: tuple[Path, ...], count: str) -> Points:
 
 def require_same_measure(runs: list[Run]) -> None:
     """Raise UserError where a nat per token is not the same in all runs."""
-    for run in runs:
-        expected = measure(runs[0])
-        for what, value in measure(run).items():
-            if value != expected[what]:
-                found = f"{what} is {expected[what]} in {runs[0].path} and {value} in {run.path}"
+    for run in runs[1:]:
+        for (what, expected), value in zip(measure(runs[0]).items(), measure(run).values()):
+            if value != expected:
+                found = f"{what} is {expected} in {runs[0].path} and {value} in {run.path}"
                 raise UserError(f"{found}: losses cannot be compared")
 
 
 def measure(run: Run) -> dict[str, Any]:
     """Return what a loss depends on besides the model."""
-    known = {name: run.options[name] for name in ("eval_tokens", "gpt.vocab_size")}
-    bits = round(run.bits_per_nat() or 0, 6)
-    return known | {"dataset": Path(run.options["dataset"]).name, "bits per byte of a nat": bits}
+    return {
+        "dataset": Path(run.options["dataset"]).name,
+        "eval_tokens": run.options["eval_tokens"],
+        "gpt.vocab_size": run.options["gpt.vocab_size"],
+        "bits per byte of a nat": round(run.bits_per_nat() or 0, 6),
+    }
 
 
 def read_csv(path: Path) -> list[tuple[float, ...]]:
@@ -176,12 +177,11 @@ def gamma_lines(f: Fit, D: float) -> list[str]:
     """Return the lines about gamma in N ~ D^gamma, with the N of D tokens."""
     low, high = (spread(values, ".2f") for values in f.laws.gamma())
     longest = f.points.D.max()
-    anchor = sizes_from_anchor(f, longest)[0]
+    start = f"N = {sizes_from_anchor(f, longest)[0]:.3g} at D = {longest:.3g}"
     ends = " to ".join(f"{N:.3g}" for N in sizes_from_anchor(f, D))
     gamma, error, found = gamma_of_runs(f.points)
     pairs = ", ".join(f"{N:.3g} at {D:.3g}" for D, N in found) or "at no D"
     seen = f"gamma = {gamma:.2f} ± {error:.2f}" if math.isfinite(gamma) else "too few lengths for a gamma"
-    start = f"N = {anchor:.3g} at D = {longest:.3g}"
     return [
         f"- N ~ D^gamma with gamma between {low} and {high}: 1 - 2 beta and 1 - beta of this fit's own beta.",
         f"- So, from {start}, an efficient model of D = {D:.3g} tokens has N = {ends}.",
@@ -215,9 +215,10 @@ def comparison(o: Options, f: Fit, reference: Fit) -> list[str]:
     for what, values in ratios(f.laws, reference.laws, C).items():
         shares = ("never" if share > 1e6 else f"{share:.3g}" for share in interval(values))
         table.append([needs[what], *shares])
-    far = [place for points in families for place in points.beyond(loss=loss)]
-    notes = [f"- Note: {place}: the law is not tested there." for place in far]
-    return [*lines, markdown_table(table), "", *notes, ""]
+    lines += [markdown_table(table), ""]
+    for place in (place for points in families for place in points.beyond(loss=loss)):
+        lines.append(f"- Note: {place}: the law is not tested there.")
+    return [*lines, ""]
 
 
 def draw(o: Options, fits: list[Fit]) -> None:

@@ -106,10 +106,8 @@ def planned_lengths(g: Grid) -> list[int]:
     longest = min(int((3600 * g.hours - fixed) / seconds), unique)
     if longest < fewest:
         hours = math.ceil((fewest * seconds + fixed) / 36) / 100
-        raise UserError(
-            f"hours is {g.hours:g} and the corpus has {unique:,} tokens, wanted {hours:g} hours and"
-            f" {fewest:,} tokens: the shortest runs need {FEWEST_STEPS} steps"
-        )
+        found = f"hours is {g.hours:g} and the corpus has {unique:,} tokens"
+        raise UserError(f"{found}, wanted {hours:g} and {fewest:,}: {FEWEST_STEPS} steps are the fewest")
     steps = [longest // per_step // 2**i for i in reversed(range(g.lengths))]
     g.out_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(asked=asked, steps=steps), indent=1))
