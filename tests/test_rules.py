@@ -38,7 +38,7 @@ def test_the_files_that_people_read_stay_short() -> None:
     limits = {"model.py": 350, "train.py": 320, "sample.py": 100, "bench.py": 300}
     assert {name: lines[name] for name, limit in limits.items() if lines[name] > limit} == {}
     assert sum(lines.values()) <= 1400
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 12_300  # to fall to 9,500, never to rise
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 11_400  # to fall to 9,500, never to rise
     functions = lines_of_functions((ROOT / "train.py").read_text())
     assert functions["pretrain"] <= 120
     assert functions["main"] <= 120
