@@ -2,9 +2,9 @@
 
 LPA writes each attention projection as two thin matrices with nothing between them, and keeps the feed-forward dense:
 
-    y = B (A x) + bias        A: (R, C_in)   B: (C_out, R)   R < C_in C_out / (C_in + C_out)
+    y = B (A x) + bias        A: (R, C_in)   B: (C_out, R)
 
-`lowdim` in GPTConfig gives each projection its own rank. With all ranks 0 the model is the dense twin, like Llama.
+It saves parameters if R < C_in C_out / (C_in + C_out). `lowdim` sets each rank; all 0 is the dense twin, like Llama.
 
 Shapes: B batch, T new tokens, S tokens so far, C n_embd, H heads, G key and value heads, D head width, D_r rope_dim,
 F ffn_dim, R rank of a projection, V vocabulary.
@@ -24,7 +24,7 @@ from lpa.loss import chunked_cross_entropy
 
 @dataclass(frozen=True)
 class LowDim:
-    """The rank of each projection: 0 = dense, or 'blockdense:R:K' or 'blockshuffle:K' (lpa/structured.py)."""
+    """The rank R of each projection; 0 = dense; 'blockdense:R:K', 'blockshuffle:K': K blocks (lpa/structured.py)."""
 
     q: int | str = 0
     k: int | str = 0
@@ -92,9 +92,9 @@ class GPTConfig:
     @property
     def projections(self) -> dict[str, tuple]:
         """Return the width in and the width out of each projection of a block."""
-        C, heads, kv, F = self.n_embd, self.attn_dim, self.n_kv_head * self.head_dim, self.ffn_dim
-        gate = dict(gate=(C, F)) if self.mlp == "swiglu" else {}
-        return dict(q=(C, heads), k=(C, kv), v=(C, kv), o=(heads, C)) | gate | dict(up=(C, F), down=(F, C))
+        C, q, kv, ffn = self.n_embd, self.attn_dim, self.n_kv_head * self.head_dim, self.ffn_dim
+        gate = dict(gate=(C, ffn)) if self.mlp == "swiglu" else {}
+        return dict(q=(C, q), k=(C, kv), v=(C, kv), o=(q, C)) | gate | dict(up=(C, ffn), down=(ffn, C))
 
 
 class LowRank(nn.Module):
@@ -121,7 +121,7 @@ def dense(d_in: int, d_out: int, bias: bool) -> nn.Linear:
 
 
 def projection(c: GPTConfig, name: str) -> nn.Module:
-    """Return the layer that c.lowdim asks for: dense, low-rank, or of blocks."""
+    """Return the layer that c.lowdim asks for: dense, low-rank, or block-structured."""
     d_in, d_out = c.projections[name]
     rank = getattr(c.lowdim, name)
     if isinstance(rank, str):
@@ -139,7 +139,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(c.n_embd)) if c.bias and not self.rms else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # In the precision of x. The kernels sum in float32; autocast would keep float32 copies for backward.
+        # Without autocast, which would keep float32 copies for backward; the kernels sum in float32 anyway.
         weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -149,7 +149,7 @@ class Norm(nn.Module):
 
 
 def rope_table(c: GPTConfig) -> Tensor:
-    """Return cos and sin of each position's angles, (2, block_size, D/2), or D_r/2 (RoPE, arXiv 2104.09864)."""
+    """Return cos and sin of each position's angles, (2, block_size, D/2); with rope_dim D_r/2 (arXiv 2104.09864)."""
     width = c.rope_dim or c.head_dim
     frequency = c.rope_theta ** (-torch.arange(0, width, 2).float() / width)
     angle = torch.outer(torch.arange(c.block_size).float(), frequency)
@@ -307,7 +307,7 @@ class GPT(nn.Module):
         """Draw every parameter. A test measures each row of this table.
 
         s is 0.02, but 0.02 / sqrt(2 n_layer) for o and down, which write into the residual stream; not with norm_order
-        'post', where the norm would undo it. It scales the product B A once.
+        'post', where the norm would undo it. s scales the product B A once. N(0, s): s is the standard deviation.
 
         embeddings, head   N(0, 0.02)
         dense projection   N(0, s)

@@ -46,7 +46,7 @@ def main(c: TrainConfig) -> None:
 def pretrain(
     c: TrainConfig, info: DistInfo, make_model: Callable[..., GPT] = GPT, before_step: Callable[..., int] | None = None
 ) -> None:
-    """Train. An experiment may make another model, and turn (model, step) into the step whose data is read."""
+    """Train. An experiment may make another model; before_step(model, step) returns the step whose data is read."""
     # --- Set-up: data, batch, folder -------------------------------------------------------------------------------
     hardware.keep_freed_memory(info.device)
     stop = StopSignal(info, c.max_hours)
@@ -108,7 +108,7 @@ def pretrain(
     while True:
         step = state["step"]
         # A step is saved before it is evaluated: a run that ends in between evaluates it again when it resumes.
-        if evaluation_due(step, last_step, c) and step not in log.evaluated - {first_step}:
+        if evaluation_due(step, last_step, c):
             val_loss = evaluate(model, val_batch, windows, c, info, stop)
             if step > 0 and val_loss < (state["best_val_loss"] or math.inf):
                 saved_step = saved_step if saved_step == step else save()

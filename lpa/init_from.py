@@ -66,6 +66,9 @@ def start_from(run: Path, model: GPT, tokenizer: dict[str, Any] | None) -> dict[
 
 def change_rank(name: str, layer: nn.Module, source: nn.Module) -> float:
     """Fill a layer's matrix from one of another rank or structure. Return the energy kept."""
+    for kind in (type(layer), type(source)):
+        if issubclass(kind, LowRank) and kind is not LowRank:  # it may compute something else than B A
+            raise UserError(f"{name} is a {kind.__name__} in one of the two models, wanted the same rank in both")
     if isinstance(layer, nn.Linear):
         layer.weight.copy_(dense_weight(source))
         return 1.0

@@ -14,7 +14,7 @@ import data
 from config import TrainConfig, UserError, load_config
 from lpa import checkpoint, init, init_from
 from lpa.counts import dense_weight
-from model import GPT, GPTConfig, LowDim
+from model import GPT, GPTConfig, LowDim, LowRank
 
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--bias=true", "--ffn_dim=48"]
 RUN = ["--batch_size=4", "--log_interval=1", "--eval_interval=0", "--eval_tokens=640", "--compile=off", "--device=cpu"]
@@ -137,3 +137,18 @@ def test_a_rank_above_the_other_run_s_is_refused(corpus: Path, tmp_path: Path) -
     lpa = trained(corpus, tmp_path / "lpa", *LPA, "--max_steps=1")
     with pytest.raises(UserError, match=r"transformer.h.0.attn.q has rank 9, wanted at most the 8 of the run"):
         started(lpa, lowdim=LowDim(q=9, k=8, v=8, o=8))
+
+
+@pytest.mark.parametrize("bent", [0, 1], ids=["the new layer", "its source"])
+def test_a_subclass_of_another_rank_is_refused(bent: int) -> None:
+    class Bent(LowRank):
+        """Not the product B A, so that no singular values describe it."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.sin())
+
+    kinds = [LowRank, LowRank]
+    kinds[bent] = Bent
+    layers = [kind(8, 8, rank, bias=False) for kind, rank in zip(kinds, (2, 4))]
+    with pytest.raises(UserError, match=r"attn\.q is a Bent in one of the two models, wanted the same rank"):
+        init_from.change_rank("attn.q", *layers)

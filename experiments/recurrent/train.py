@@ -118,7 +118,7 @@ def pretrain(o: Options, info: DistInfo) -> None:
         step, stage = state["step"], state["stage"]
         # Before the last step, an evaluation of a task decides the next stage. It is due until a saved state has that.
         deciding = stage is not None and step < last_step
-        done = stage["decided"] == step if deciding else step in log.evaluated - {first_step}
+        done = deciding and stage["decided"] == step
         if train.evaluation_due(step, last_step, c) and not done:
             val_data = open_data(o, stage)[1]
             val_loss = evaluate(model, val_data, c, info, stop)
