@@ -282,14 +282,14 @@ class SplitWriter:
             return
         self.open.seek(0)
         self.open.write(shard_header(self.dtype, self.shard["tokens"]))
-        flush_to_disk(self.open)
         self.open.close()
         path = self.folder / self.shard["file"]
+        sync(Path(f"{path}.tmp"))
         os.replace(f"{path}.tmp", path)
         self.shard["sha256"] = sha256_of(path)
         with open(self.folder / "progress.jsonl", "a", encoding="utf-8") as progress:
             progress.write(json.dumps(self.shard) + "\n")
-            flush_to_disk(progress)
+        sync(self.folder / "progress.jsonl")
         self.shards.append(self.shard)
         self.number, self.open = self.number + 1, None
 
@@ -329,12 +329,17 @@ def sha256_of(path: Path) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Replace the file at once: a kill leaves the old contents or the new ones, never a part."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        flush_to_disk(file)
-    os.replace(f"{path}.tmp", path)
+    partial = Path(f"{path}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
 
 
-def flush_to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's list of names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

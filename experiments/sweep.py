@@ -9,7 +9,6 @@ options and its data: a finished run is not run again, and a stopped one resumes
 lies at the edge of its grid, the sweep says so and tries the next value, too.
 """
 
-import argparse
 import csv
 import dataclasses
 import datetime
@@ -26,7 +25,7 @@ import time
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,8 +46,10 @@ class SweepConfig:
     """Train each arm with seeds 1, 2, ..."""
     jobs: int = 1
     """Train so many runs side by side. They share the cores."""
+    metric: Literal["val_loss", "bits_per_byte", "train_loss", "seconds", "seconds_to_target"] = "val_loss"
+    """The best arm has the lowest mean of this."""
     target: float | None = None
-    """Add the column seconds_to_target: training time until the first evaluation at or below this loss."""
+    """Add the column seconds_to_target: seconds of training until the first evaluation at or below this loss."""
     out: Path | None = None
     """Write the table to OUT.md and OUT.csv, too."""
     out_dir: Path = Path("out/sweep")
@@ -63,6 +64,8 @@ class SweepConfig:
         for name in ("seeds", "jobs", "nproc_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 1 or more")
+        if self.metric == "seconds_to_target" and self.target is None:
+            raise ValueError("metric is seconds_to_target, wanted a --target with it")
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,21 @@ def make_run(name: str, arguments: list[str], out_dir: Path, processes: int = 1)
 def result(run: Run, target: float | None = None) -> dict[str, float] | None:
     """Return the losses and the seconds of a finished run. Return None for a run that has to be trained.
 
-    A run that reached its end without a finite validation loss has an infinite one and is not trained again.
+    A run that reached its end, but with a loss that is not finite, has infinite losses and is not trained again.
     """
     if not (run.folder / "log.jsonl").exists():
         return None
     log = read_run(run.folder)
-    end = min(run.config.max_steps, run.config.stop_step or math.inf)
-    saved = (run.folder / "ckpt").exists() and log.steps and log.steps[-1]["step"] >= end
-    if not log.finished and not saved:
-        return None
-    last = log.evaluations[-1] if log.finished else dict(val_loss=math.inf, val_bits_per_byte=math.inf)
-    late = [step["loss"] for step in log.steps if step["step"] > 0.95 * end]
+    if not log.finished:
+        end = min(run.config.max_steps, run.config.stop_step or math.inf)
+        if not log.steps or log.steps[-1]["step"] < end or not (run.folder / "ckpt").exists():
+            return None
+        losses = ["val_loss", "bits_per_byte", "train_loss"] + (["seconds_to_target"] if target is not None else [])
+        return dict.fromkeys(losses, math.inf) | dict(seconds=log.steps[-1]["seconds"])
+    last = log.evaluations[-1]
+    late = [step["loss"] for step in log.steps if step["step"] > 0.95 * last["step"]]
     found = dict(val_loss=last["val_loss"], bits_per_byte=last["val_bits_per_byte"])
-    found |= dict(train_loss=statistics.fmean(late), seconds=log.steps[-1]["seconds"])
+    found |= dict(train_loss=statistics.fmean(late or [math.inf]), seconds=last["seconds"])
     if target is not None:
         reached = (e["seconds"] for e in log.evaluations if e["val_loss"] <= target)
         found["seconds_to_target"] = next(reached, math.inf)
@@ -172,39 +177,43 @@ def stop(jobs: list[subprocess.Popen]) -> None:
 
 def main(arguments: list[str]) -> None:
     base, grid, c = split_arguments(arguments)
-    runs = make_runs(base, grid, c)
+    runs = make_runs(base, arms(grid), c)
     failed = train_all(by_seed(runs), c)
-    for _ in range(MOST_EXTENSIONS if c.extend else 0):
+    for extension in range(MOST_EXTENSIONS + 1):
         wider = extended(grid, summarise(runs, c))
-        if wider == grid:
+        if wider == grid or not c.extend or extension == MOST_EXTENSIONS:
             break
         try:
-            runs = make_runs(base, wider, c)
+            runs = make_runs(base, arms(wider), c)
         except UserError as error:  # such as a share above 1
             print(f"the grid is not extended: {error}")
             break
         grid, failed = wider, train_all(by_seed(runs), c)
-    rows = summarise(runs, c)
-    extended(grid, rows)
-    write(rows, [run.folder for run in by_seed(runs) if result(run)], failed, shlex.join(arguments), c)
+    write(summarise(runs, c), [run.folder for run in by_seed(runs) if result(run)], failed, shlex.join(arguments), c)
     if failed:
         raise UserError(f"{len(failed)} runs failed; the same command tries them again")
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], dict[str, list[str]], SweepConfig]:
     """Return the arguments for train.py, the grid as option -> values, and the options of the sweep."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--grid", nargs="*", action="extend", default=[])
-    found, others = parser.parse_known_args(arguments)
-    grid = {}
-    for part in found.grid:
-        name, _, values = part.partition("=")
-        if not all(values.split(",")):
-            raise UserError(f"--grid has {part!r}, wanted OPTION=VALUE,VALUE,...")
-        grid[name] = values.split(",")
-    own = {"--help", *(f"--{field.name}" for field in dataclasses.fields(SweepConfig))}
-    ours = [argument for argument in others if argument.partition("=")[0] in own]
-    return [argument for argument in others if argument not in ours], grid, parse(ours, SweepConfig, __doc__)
+    own = {field.name for field in dataclasses.fields(SweepConfig)}
+    theirs, ours, grid, in_grid = [], [], {}, False
+    for argument in arguments:
+        if argument == "--grid":
+            in_grid = True
+            continue
+        if argument.startswith("--grid="):
+            in_grid, argument = True, argument.removeprefix("--grid=")
+        elif argument.startswith("--") or argument.endswith(".py"):
+            in_grid = False
+        name, equals, values = argument.removeprefix("--").partition("=")
+        if not in_grid:
+            (ours if argument.startswith("--") and name in own else theirs).append(argument)
+        elif equals and all(values.split(",")):
+            grid[name] = values.split(",")
+        else:
+            raise UserError(f"--grid has {argument!r}, wanted OPTION=VALUE,VALUE,...")
+    return theirs, grid, parse(ours, SweepConfig, __doc__)
 
 
 def arms(grid: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -213,14 +222,15 @@ def arms(grid: dict[str, list[str]]) -> dict[str, list[str]]:
     return {" ".join(f"{o}={v}" for o, v in point) or "preset": [f"--{o}={v}" for o, v in point] for point in points}
 
 
-def make_runs(base: list[str], grid: dict[str, list[str]], c: SweepConfig) -> dict[str, list[Run]]:
-    """Return for each arm of the grid a run with each seed. All share the arguments in base."""
-    runs: dict[str, list[Run]] = {name: [] for name in arms(grid)}
-    for name, more in arms(grid).items():
-        for seed in range(1, c.seeds + 1):
-            arguments = [*base, *more, f"--seed={seed}"]
-            runs[name].append(make_run(f"{name} seed={seed}", arguments, c.out_dir, c.nproc_per_node))
-    return runs
+def make_runs(base: list[str], arms: dict[str, list[str]], c: SweepConfig) -> dict[str, list[Run]]:
+    """Return a run for each seed of each arm. Arms are given as name -> arguments, added to those that all share."""
+    return {
+        name: [
+            make_run(f"{name} seed={seed}", [*base, *more, f"--seed={seed}"], c.out_dir, c.nproc_per_node)
+            for seed in range(1, c.seeds + 1)
+        ]
+        for name, more in arms.items()
+    }
 
 
 def by_seed(runs: dict[str, list[Run]]) -> list[Run]:
@@ -264,7 +274,7 @@ def summarise(runs: dict[str, list[Run]], c: SweepConfig) -> list[dict[str, Any]
         columns = {key: [values[key] for values in found] for key in (found[0] if found else ())}
         row = {"arm": name, "seeds": len(found)} | {key: statistics.fmean(column) for key, column in columns.items()}
         rows += [row | {f"{key}_std": std(column) for key, column in columns.items()}] if found else []
-    return sorted(rows, key=lambda row: row["val_loss"])
+    return sorted(rows, key=lambda row: row[c.metric])
 
 
 def std(values: list[float]) -> float:
@@ -276,13 +286,16 @@ def mean_and_std(row: dict[str, Any], key: str, digits: int = 4) -> str:
     return f"{row[key]:.{digits}f}{spread}" if math.isfinite(row[key]) else "not reached"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def as_text(rows: list[dict[str, Any]], markdown: bool) -> str:
     keys = [key for key in rows[0] if f"{key}_std" in rows[0]]
     lines = [["arm", "seeds", *keys]]
     for row in rows:
         means = [mean_and_std(row, key, 1 if "seconds" in key else 4) for key in keys]
         lines.append([row["arm"], str(row["seeds"]), *means])
-    return markdown_table(lines)
+    if markdown:
+        return markdown_table(lines)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def markdown_table(lines: list[list[str]]) -> str:
@@ -303,14 +316,14 @@ def write(rows: list[dict[str, Any]], folders: list[Path], failed: list[str], co
     """Print the table and the command that plots the runs. Write the table to files where --out asks for it."""
     if not rows:
         raise UserError(f"no run has a result: {'; '.join(failed)}")
-    print(table(rows))
+    print(as_text(rows, markdown=False))
     places = shlex.join(map(str, folders))
     print(f"plot: python -m experiments.plot {places} --y=val_loss --out={c.out or 'results/sweep'}")
     if c.out is None:
         return
     device = read_run(folders[0]).start["device"]
     about = f"torch {torch.__version__}, {device}, {datetime.date.today()}; mean ± standard deviation over the seeds."
-    parts = [f"`python -m experiments.sweep {command}`", about, table(rows), *failed]
+    parts = [f"`python -m experiments.sweep {command}`", about, as_text(rows, markdown=True), *failed]
     write_page(Path(f"{c.out}.md"), "\n\n".join(parts) + "\n")
     with open(f"{c.out}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())

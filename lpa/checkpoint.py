@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from config import UserError
 from data.tokenizers import Tokenizer, load_tokenizer
+from data.writing import sha256_of, sync, write_whole
 from lpa.distributed import DistInfo
 from model import GPT, GPTConfig, LowDim
 
@@ -131,7 +132,7 @@ def quiet() -> Iterator[None]:
 def publish(run: Path, partial: Path, state: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Add tokenizer and manifest, sync all to the disk, and only then give the folder its name; remove old ones."""
     manifest = state | dict(tokenizer=tokenizer.save(partial))
-    manifest["files"] = {f.name: dict(bytes=f.stat().st_size, sha256=sha256(f)) for f in sorted(partial.iterdir())}
+    manifest["files"] = {f.name: dict(bytes=f.stat().st_size, sha256=sha256_of(f)) for f in sorted(partial.iterdir())}
     (partial / "manifest.json").write_text(sealed(manifest))
     for path in (*partial.iterdir(), partial):
         sync(path)
@@ -213,7 +214,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         size = (folder / name).stat().st_size if (folder / name).exists() else None
         if size != seen["bytes"]:
             raise UserError(f"{folder / name} is {size} bytes, wanted {seen['bytes']}: this checkpoint is cut")
-        if sha256(folder / name) != seen["sha256"]:
+        if sha256_of(folder / name) != seen["sha256"]:
             raise UserError(f"{folder / name} is not what was saved: its sha256 differs from the manifest's")
     return manifest
 
@@ -367,26 +368,3 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
         elif old != new:
             found.append(f"{prefix}{name}: the checkpoint has {old}, this run {new}")
     return found
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that has its old contents or the new ones, never a part of them."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's contents, or a folder's list of names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,38 +19,33 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("aten", "IMPL")  # what is installed lives as long as this
+LONGEST = 512  # tokens up to which attention in bfloat16 is faster without the fused kernel
 
 
 def install(dtype: str) -> str:
-    """Install the kernels for training in this precision, once in a process. Return a line that says which."""
-    install_rms_norm_and_attention()
-    about = "CPU kernels: RMSNorm in few passes, short bfloat16 attention unfused"
-    if dtype != "float32":  # even to look at each product would cost a bfloat16 step of lpa_cpu 2 to 7 %
-        return about
-    smallest = install_products()
-    return f"{about}, products by {'MKL' if smallest is None else f'oneDNN from {smallest:.2g} multiply-adds'}"
+    """Install the kernels that make training in this precision faster. Return a line that says which.
 
-
-@functools.cache
-def install_rms_norm_and_attention() -> None:
+    Not the others: even to look at each product costs a bfloat16 step of lpa_cpu 2 to 7 %.
+    """
     override("rms_norm", rms_norm, "AutogradCPU")
-    override("scaled_dot_product_attention", attention, "AutogradCPU")
+    about = "CPU kernels: RMSNorm in few passes"
+    if dtype == "bfloat16":
+        override("scaled_dot_product_attention", attention, "AutogradCPU")
+        about += f", attention up to T {LONGEST} unfused"
+    elif dtype == "float32" and (smallest := smallest_onednn_product()) is not None:
+        override("mm", mm, "CPU")
+        about += f", products by oneDNN from {smallest:.2g} multiply-adds"
+    return about
 
 
-@functools.cache
-def install_products() -> int | None:
-    smallest = smallest_onednn_product()
-    if smallest is not None:
-        override("mm", functools.partial(mm, smallest), "CPU")
-    return smallest
-
-
+@functools.cache  # once in a process
 def override(operator: str, kernel: Callable[..., Tensor], key: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
         LIBRARY.impl(operator, kernel, key)
 
 
+@functools.cache
 def smallest_onednn_product() -> int | None:
     """Return from how many multiply-adds oneDNN is faster on this processor; None = never, or not there."""
     about = Path("/proc/cpuinfo")
@@ -60,9 +55,10 @@ def smallest_onednn_product() -> int | None:
     return 2**26 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2**29
 
 
-def mm(smallest: int, a: Tensor, b: Tensor) -> Tensor:
+def mm(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a (N, K) by b (K, M)."""
-    if a.dtype == torch.float32 and a.numel() * b.size(1) >= smallest and torch.backends.mkldnn.enabled:
+    large = a.numel() * b.size(1) >= (smallest_onednn_product() or 0)
+    if a.dtype == torch.float32 and large and torch.backends.mkldnn.enabled:
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     out = a.new_empty(a.size(0), b.size(1))
     return torch.ops.aten.mm.out(a, b, out=out)
@@ -79,12 +75,12 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attend q (B, H, T, D) to k and v (B, G, T, D); in bfloat16, causal and up to T 512, without a fused kernel.
+    """Attend q (B, H, T, D) to k and v (B, G, T, D); without a fused kernel if causal, short and in bfloat16.
 
-    PyTorch's fused kernel takes longer in bfloat16 than in float32, and up to T 512 longer than these plain products.
+    PyTorch's fused kernel takes longer in bfloat16 than in float32, and on short sequences longer than plain products.
     """
     T, D = q.shape[2:]
-    if q.dtype != torch.bfloat16 or not is_causal or mask is not None or dropout or T > 512 or k.size(2) != T:
+    if q.dtype != torch.bfloat16 or not is_causal or mask is not None or dropout or T > LONGEST or k.size(2) != T:
         fused = torch.ops.aten.scaled_dot_product_attention.default
         return fused.decompose(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa)
     return unfused_attention(q, k, v, D**-0.5 if scale is None else scale)

@@ -6,11 +6,13 @@ only pad the vocabulary to a multiple of 128, so nothing can draw them.
 """
 
 import copy
+import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from torch import Tensor, nn
 
 from config import UserError
 from data.tokenizers import END_OF_TEXT, HFTokenizer, Tokenizer, as_hf
+from lpa.checkpoint import sync
 from lpa.counts import dense_weight
 from model import GPT, GPTConfig, Norm
+
+INSTALL = "needs: pip install safetensors tokenizers"
 
 # --- The two classes ---------------------------------------------------------------------------------------------
 
@@ -56,10 +61,8 @@ LLAMA = Architecture(
     class_name="LlamaForCausalLM",
     model_type="llama",
     fields=BOTH
+    | dict(norm="rmsnorm", mlp="swiglu", pos="rope")
     | dict(
-        norm="rmsnorm",
-        mlp="swiglu",
-        pos="rope",
         n_layer=("num_hidden_layers",),
         n_head=("num_attention_heads",),
         n_kv_head=("num_key_value_heads",),
@@ -71,8 +74,7 @@ LLAMA = Architecture(
         rope_theta=("rope_theta",),
         bias=("attention_bias", "mlp_bias"),
     ),
-    defaults=dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False)
-    | dict(rope_theta=10000.0, attention_bias=False),
+    defaults=dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False),
     constants=dict(hidden_act="silu"),
     outside={"transformer.wte": "model.embed_tokens", "transformer.norm": "model.norm", "lm_head": "lm_head"},
     blocks="model.layers",
@@ -84,10 +86,8 @@ GPT2 = Architecture(
     class_name="GPT2LMHeadModel",
     model_type="gpt2",
     fields=BOTH
+    | dict(norm="layernorm", mlp="gelu", pos="learned")
     | dict(
-        norm="layernorm",
-        mlp="gelu",
-        pos="learned",
         n_layer=("n_layer",),
         n_head=("n_head",),
         n_kv_head=lambda c: c.n_head,
@@ -100,7 +100,8 @@ GPT2 = Architecture(
         bias=FREE,  # the class always has biases: zeros if ours has none
     ),
     defaults=dict(n_inner=None, layer_norm_epsilon=1e-5, tie_word_embeddings=True),
-    constants=dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False),
+    constants=dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    | dict(add_cross_attention=False),
     outside={"transformer.wte": "transformer.wte", "transformer.wpe": "transformer.wpe"}
     | {"transformer.norm": "transformer.ln_f", "lm_head": "lm_head"},
     blocks="transformer.h",
@@ -120,13 +121,13 @@ def architecture(c: GPTConfig) -> Architecture:
     """Return the class that computes such a model. Raise UserError that names the options which prevent it."""
     known = GPT2 if c.pos == "learned" else LLAMA
     why = []
-    for name, value in vars(c).items():
-        rule = known.fields.get(name)
-        wanted = rule(c) if callable(rule) else rule
+    for name in (field.name for field in dataclasses.fields(c)):
+        value, rule = getattr(c, name), known.fields.get(name)
         if name not in known.fields:
             why.append(f"{name} = {value!r} (unknown to lpa/hf.py: give it a rule there)")
-        elif rule is not FREE and not isinstance(rule, tuple) and value != wanted:
-            why.append(f"{name} = {value!r} (wanted {wanted!r})")
+        elif rule is not FREE and not isinstance(rule, tuple):
+            wanted = rule(c) if callable(rule) else rule
+            why += [f"{name} = {value!r} (wanted {wanted!r})"] if value != wanted else []
     if known is LLAMA and c.n_embd % c.n_head:
         why.append(f"n_embd = {c.n_embd} (wanted a multiple of n_head = {c.n_head})")
     if why:
@@ -137,24 +138,16 @@ def architecture(c: GPTConfig) -> Architecture:
 def modules(known: Architecture, c: GPTConfig) -> Iterator[tuple[str, list[str]]]:
     """Yield the name there of each module that has weights, and our names: several if it stacks their matrices."""
     for ours, theirs in known.outside.items():
-        yield theirs, [ours]
+        if ours != "lm_head" or not c.tie_embeddings:
+            yield theirs, [ours]
     for layer in range(c.n_layer):
         for theirs, names in known.inside.items():
             yield f"{known.blocks}.{layer}.{theirs}", [f"transformer.h.{layer}.{name}" for name in names]
 
 
-def in_layout(known: Architecture, tensor: Tensor, name: str) -> Tensor:
-    """Transpose a matrix (out, in) of a GPT-2 block to (in, out), as the class stores it, or back. `name` is theirs."""
-    return tensor.T if known is GPT2 and name.startswith(known.blocks) and tensor.ndim == 2 else tensor
-
-
-def import_safetensors() -> Any:
-    """Return the library. Raise UserError if it is not installed."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("Hugging Face's format needs: pip install safetensors tokenizers") from None
-    return safetensors
+def in_layout(known: Architecture, weight: Tensor, name: str) -> Tensor:
+    """Return a matrix in their layout from ours (out, in), or back: GPT-2's layers have (in, out). `name` is ours."""
+    return weight.T if known is GPT2 and (".attn." in name or ".mlp." in name) else weight
 
 
 # --- To Hugging Face ---------------------------------------------------------------------------------------------
@@ -163,16 +156,17 @@ def import_safetensors() -> Any:
 def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any]) -> None:
     """Write the folder `target`, completely or not at all, or replace an earlier export. origin: for export.json.
 
-    Raise UserError if the class or the tokenizer has no equal there, if `target` holds anything else, or if the disk
-    fails.
+    Raise UserError if the class or the tokenizer has no equal there, or if the disk fails.
     """
-    library = import_safetensors()
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError(f"export.py {INSTALL}") from None
     known = architecture(model.config)
-    target = target.resolve()
-    if target.exists() and not (target / "export.json").exists() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is no export; wanted a new or empty folder, or an earlier export")
+    check_target(target)
     if tokenizer.vocab_size > len(model.lm_head.weight):
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {len(model.lm_head.weight)}")
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {len(model.lm_head.weight)} of them")
     ends = dict(bos_token_id=tokenizer.end_of_text, eos_token_id=tokenizer.end_of_text)
     files = {
         "config.json": config_json(known, model.config, tokenizer.vocab_size) | ends,
@@ -181,48 +175,58 @@ def export(model: GPT, tokenizer: Tokenizer, target: Path, origin: dict[str, Any
         "tokenizer.json": as_hf(tokenizer),
         "export.json": origin,
     }
+    target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as scratch:
-            new = Path(scratch) / "new"
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
             new.mkdir()
             for name, contents in files.items():
                 (new / name).write_text(json.dumps(contents, indent=1, ensure_ascii=False), encoding="utf-8")
             weights = tensors(known, model, tokenizer.vocab_size)
-            library.torch.save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+            save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
             shutil.copymode(new / "config.json", new / "model.safetensors")  # otherwise only its owner could read it
+            for path in (*new.iterdir(), new):
+                sync(path)
             if target.exists():
-                target.rename(Path(scratch) / "old")
-            new.rename(target)
-    except (OSError, library.SafetensorError) as error:
-        raise UserError(f"could not write {target}: {error}") from None
+                target.rename(old)
+            try:
+                new.rename(target)
+            except BaseException:  # otherwise the earlier export would be deleted with the scratch folder
+                if old.exists():
+                    old.rename(target)
+                raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"could not write {target}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_target(target: Path) -> None:
+    """Raise UserError if writing `target` would destroy something that is not an export."""
+    if target.exists() and not (target.is_dir() and ((target / "export.json").exists() or not any(target.iterdir()))):
+        raise UserError(f"{target} exists and is no export; wanted a new or empty folder, or an earlier export")
 
 
 def config_json(known: Architecture, c: GPTConfig, vocab_size: int) -> dict[str, Any]:
-    values = asdict(c) | dict(vocab_size=vocab_size, attn_dim=c.head_dim)
+    values = dataclasses.asdict(c) | dict(vocab_size=vocab_size, attn_dim=c.head_dim)
     written = dict(architectures=[known.class_name], model_type=known.model_type, torch_dtype="float32")
     for ours, names in known.fields.items():
         if isinstance(names, tuple):
             written |= dict.fromkeys(names, values[ours])
-    if known is GPT2:  # its default is 0.1
+    if known is GPT2:  # whose default is 0.1
         written |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return written | known.constants
 
 
 def tokenizer_options(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
     """Return tokenizer_config.json. As in our tokenizers, the text of a special token is ordinary text."""
-    options = dict(
-        tokenizer_class="PreTrainedTokenizerFast",
-        model_max_length=block_size,
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    written = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size)
+    written |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
+    written |= dict(model_input_names=["input_ids", "attention_mask"])
     end = tokenizer.end_of_text
-    if end is not None:
-        token = tokenizer.model.id_to_token(end) if isinstance(tokenizer, HFTokenizer) else END_OF_TEXT
-        options |= dict(bos_token=token, eos_token=token)
-    return options
+    if end is None:
+        return written
+    token = tokenizer.model.id_to_token(end) if isinstance(tokenizer, HFTokenizer) else END_OF_TEXT
+    return written | dict(bos_token=token, eos_token=token)
 
 
 @torch.no_grad()
@@ -230,21 +234,21 @@ def tensors(known: Architecture, model: GPT, vocab_size: int) -> dict[str, Tenso
     """Return every weight under its name there."""
     named = {}
     for theirs, ours in modules(known, model.config):
-        layers: list[Any] = [model.get_submodule(name) for name in ours]
+        layers = [model.get_submodule(name) for name in ours]
         weight = torch.cat([merged(layer) for layer in layers])
+        named_here = [pair for layer in layers for pair in layer.named_parameters(recurse=False)]
+        biases: list[Tensor] = [p for name, p in named_here if name == "bias"]
+        if biases:
+            named[f"{theirs}.bias"] = torch.cat(biases)
+        elif known is GPT2 and ours[0] not in ("transformer.wte", "transformer.wpe", "lm_head"):
+            named[f"{theirs}.bias"] = torch.zeros(len(weight))
         if ours[0] in ("transformer.wte", "lm_head"):
             weight = weight[:vocab_size]
-        elif ours[0] != "transformer.wpe" and layers[0].bias is not None:
-            named[f"{theirs}.bias"] = torch.cat([layer.bias for layer in layers])
-        elif ours[0] != "transformer.wpe" and known is GPT2:
-            named[f"{theirs}.bias"] = torch.zeros(len(weight))
-        named[f"{theirs}.weight"] = in_layout(known, weight, theirs).contiguous()
-    if model.config.tie_embeddings:
-        del named["lm_head.weight"]
+        named[f"{theirs}.weight"] = in_layout(known, weight, ours[0]).contiguous()
     return named
 
 
-def merged(layer: nn.Module) -> Tensor:
+def merged(layer: Any) -> Tensor:
     """Return the matrix (out, in) of a projection of any kind, or the weight of an embedding or a norm."""
     if isinstance(layer, nn.Embedding | Norm):
         return layer.weight
@@ -260,105 +264,127 @@ def find_folder(source: Path) -> Path:
         return source
     try:
         import huggingface_hub
-
-        wanted = ["config.json", "tokenizer.json", "model.safetensors", "model-*-of-*.safetensors"]
+    except ImportError:
+        raise UserError("a name on the hub needs: pip install huggingface_hub") from None
+    wanted = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
+    try:
         return Path(huggingface_hub.snapshot_download(source.as_posix(), allow_patterns=wanted))
-    except Exception as error:  # a bad or unknown name, no network, no library: the hub's libraries differ in errors
-        why = f"{type(error).__name__}: {error}"[:200]
-        raise UserError(f"no folder {source}, and no model of that name from the Hugging Face hub ({why})") from None
+    except Exception as error:  # an impossible name, an unknown one, no network: the hub's libraries differ in errors
+        kind = type(error).__name__
+        raise UserError(f"no folder {source}, and the Hugging Face hub gave no model of that name ({kind})") from None
 
 
-def read_config(folder: Path) -> tuple[Architecture, GPTConfig]:
-    """Return the class and the options of a folder's model. Raise UserError if our model cannot compute it."""
+def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
+    """Return the class and the config.json of a folder. Raise UserError if our model cannot compute it."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{folder} holds no checkpoint, and no config.json of Hugging Face with a model_type") from None
+        missing = "no checkpoint of ours, and no config.json of Hugging Face with a model_type"
+        raise UserError(f"{folder} holds {missing}") from None
     known = next((known for known in (LLAMA, GPT2) if known.model_type == kind), None)
     if known is None:
         raise UserError(f"{folder} is a model of type {kind!r}, wanted 'llama' or 'gpt2'")
     wanted = known.constants
+    seen = {name: config.get(name, value) for name, value in wanted.items()}
     if known is LLAMA:
         wanted = wanted | dict(rope_type="default", partial_rotary_factor=1.0)
-        config |= dict(rope_type=rope.get("type")) | rope  # older versions wrote `type`
-    wrong = [
-        f"{name} = {config[name]!r} (wanted {value!r})"
-        for name, value in wanted.items()
-        if config.get(name) not in (None, value)
-    ]
+        seen |= dict(rope_type=rope.get("rope_type", rope.get("type", "default")))
+        seen |= dict(partial_rotary_factor=rope.get("partial_rotary_factor") or 1.0)
+        config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", GPTConfig.rope_theta))
+    wrong = [f"{name} = {seen[name]!r} (wanted {wanted[name]!r})" for name in seen if seen[name] != wanted[name]]
     if wrong:
         raise UserError(f"{folder} has {', '.join(wrong)}, which this model cannot compute")
-    config = known.defaults | config
-    options = {}
+    return known, known.defaults | config
+
+
+def read_options(folder: Path, known: Architecture, config: dict[str, Any]) -> GPTConfig:
+    """Return the options of a folder's model. Raise UserError if config.json lacks one, or has an impossible one."""
+    names = {ours: rule[0] for ours, rule in known.fields.items() if isinstance(rule, tuple) and ours != "bias"}
+    missing = [theirs for theirs in names.values() if theirs not in config]
+    if missing:
+        raise UserError(f"{folder / 'config.json'} does not say {', '.join(missing)}")
+    options = {name: known.fields[name] for name in ("norm", "mlp", "pos")}
+    options |= {ours: config[theirs] for ours, theirs in names.items()}
     try:
-        for ours, rule in known.fields.items():
-            if isinstance(rule, tuple):
-                options[ours] = config[rule[0]]
-            elif rule is not FREE and not callable(rule):
-                options[ours] = rule
         if known is LLAMA:
             options["rope_theta"] = float(options["rope_theta"])
             options["attn_dim"] = (options["attn_dim"] or 0) * options["n_head"] or None
-        return known, GPTConfig(**options)
-    except KeyError as error:
-        raise UserError(f"{folder / 'config.json'} has no {error}") from None
+        return GPTConfig(**options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} describes a model that ours cannot be: {error}") from None
+        raise UserError(f"{folder / 'config.json'} is of a model that this one cannot be: {error}") from None
 
 
+@torch.no_grad()
 def read_model(folder: Path, bias: bool = False) -> GPT:
-    """Return the dense model of a folder, in float32; `bias` as in read_folder. Raise UserError for a wrong tensor."""
-    known, c, stored = read_folder(folder, bias)
-    model = GPT(c, seed=None)
-    embeddings = f"{known.outside['transformer.wte']}.weight"
-    if c.tie_embeddings and embeddings in stored:
-        head = stored.setdefault("lm_head.weight", stored[embeddings])
-        if not head.equal(stored[embeddings]):
-            raise UserError(f"{folder} ties the embeddings, but its lm_head.weight differs from them")
-    state = {name: torch.zeros_like(p) for name, p in model.named_parameters() if name.endswith(".bias")}
+    """Return the dense model of a folder, in float32. Only safetensors are read, which cannot run code.
+
+    The model has biases if `bias`, or if any bias of the folder is not zero. Raise UserError if a tensor is missing, of
+    another shape, or unknown.
+    """
+    known, config = read_config(folder)
+    stored = open_tensors(folder, known)
+    c = read_options(folder, known, config)
+    model = GPT(dataclasses.replace(c, bias=bias or has_bias(stored)), seed=None)
+    used = {"lm_head.weight"}
     for theirs, ours in modules(known, c):
-        for part in ("weight", "bias"):
-            if f"{theirs}.{part}" in stored:
-                tensor = in_layout(known, stored.pop(f"{theirs}.{part}"), theirs)
-                state |= {f"{name}.{part}": piece for name, piece in zip(ours, tensor.chunk(len(ours)))}
-    try:
-        model.load_state_dict(state | stored)  # whatever is still in `stored` is unknown
-    except RuntimeError as error:
-        raise UserError(f"the tensors of {folder} do not fit its config.json: {str(error)[:400]}") from None
+        layers = [model.get_submodule(name) for name in ours]
+        used |= {f"{theirs}.weight", f"{theirs}.bias"}
+        for part, _ in layers[0].named_parameters(recurse=False):
+            name, parameters = f"{theirs}.{part}", [layer.get_parameter(part) for layer in layers]
+            shape = (sum(map(len, parameters)), *parameters[0].shape[1:])
+            if part == "bias" and name not in stored:
+                stored[name] = partial(torch.zeros, shape)
+            if name not in stored:
+                raise UserError(f"{folder} has no tensor {name}")
+            tensor = in_layout(known, stored[name](), ours[0]) if part == "weight" else stored[name]()
+            if tensor.shape != shape:
+                raise UserError(f"{name} in {folder} is of shape {tuple(tensor.shape)}, wanted {shape}")
+            for parameter, piece in zip(parameters, tensor.split([len(p) for p in parameters])):
+                parameter.copy_(piece)
+    head, embeddings = (stored.get(f"{known.outside[name]}.weight") for name in ("lm_head", "transformer.wte"))
+    if c.tie_embeddings and head and embeddings and not head().equal(embeddings()):
+        raise UserError(f"{folder} ties the embeddings, but its lm_head.weight is another one")
+    if unknown := sorted(stored.keys() - used):
+        raise UserError(f"{folder} has tensors that {known.class_name} has not: {', '.join(unknown[:3])}")
     return model.eval()
 
 
-def read_folder(folder: Path, bias: bool = False) -> tuple[Architecture, GPTConfig, dict[str, Tensor]]:
-    """Return the class, the options and the tensors of a folder by their full names, without biases of zero.
-
-    The options have biases if `bias`, or if any bias is not zero. Only safetensors are read: they cannot run code.
-    """
-    library = import_safetensors()
-    known, c = read_config(folder)
-    prefix = known.blocks.partition(".")[0] + "."  # a folder without the head, such as gpt2, leaves it out
-    stored = {}
+def open_tensors(folder: Path, known: Architecture) -> dict[str, Callable[[], Tensor]]:
+    """Return a function that reads each tensor of a folder, by its full name. Raise UserError without safetensors."""
     try:
-        for file in sorted(folder.glob("model-*-of-*.safetensors")) or [folder / "model.safetensors"]:
-            for name, tensor in library.torch.load_file(file).items():
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(f"reading {folder} {INSTALL}") from None
+    index, readers = folder / "model.safetensors.index.json", {}
+    prefix = known.blocks.partition(".")[0] + "."  # a folder of the model without its head lacks it
+    try:
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ["model.safetensors"]
+        for file in files:
+            opened = safe_open(folder / file, "pt")
+            for name in opened.keys():  # noqa: SIM118 (no dict)
                 full = name if name.startswith((prefix, "lm_head.")) else prefix + name
-                if not full.endswith(NO_WEIGHTS) and (not full.endswith(".bias") or tensor.any()):
-                    stored[full] = tensor
-    except (OSError, library.SafetensorError) as error:
+                if not full.endswith(NO_WEIGHTS):
+                    readers[full] = partial(opened.get_tensor, name)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         why = f"cannot read the safetensors of {folder}: {error}"
         if any(folder.glob("*.bin")):
-            why += "; wanted the format that save_pretrained writes today, because a .bin can run code"
+            why += "; wanted what save_pretrained of transformers writes today, for a .bin can run code"
         raise UserError(why) from None
-    bias = bias or any(name.endswith(".bias") for name in stored)
-    return known, replace(c, bias=bias), stored
+    return readers
+
+
+def has_bias(stored: dict[str, Callable[[], Tensor]]) -> bool:
+    return any(name.endswith(".bias") and bool(read().any()) for name, read in stored.items())
 
 
 def preset(source: Path) -> str:
     """Return the options of a folder's model as a preset for train.py, without those at their defaults."""
     folder = find_folder(source)
-    known, c, _ = read_folder(folder)
+    known, config = read_config(folder)
+    c = dataclasses.replace(read_options(folder, known, config), bias=has_bias(open_tensors(folder, known)))
     defaults = vars(GPTConfig())
-    lines = [f"# {known.class_name} {source}. To use its tokenizer: data.own_text.prepare --tokenizer={folder}"]
+    lines = [f"# {known.class_name} {source}. Its tokenizer for a corpus: data.own_text.prepare --tokenizer={folder}"]
     lines += [f"{name} = {value!r}" for name, value in vars(c).items() if value != defaults[name]]
     return "\n".join([*lines, f"init_from = {str(source)!r}"])

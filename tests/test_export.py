@@ -268,7 +268,9 @@ def test_a_folder_that_transformers_wrote(kind: str, options: dict, tmp_path: Pa
     theirs = hf_model(kind, **options)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    torch.testing.assert_close(logits(hf.read_model(tmp_path), tokens()), logits(theirs, tokens()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(hf.read_model(tmp_path), tokens()), logits(theirs, tokens()), rtol=0, atol=1e-5
+    )
     c = load_config([write(tmp_path / "preset.py", hf.preset(tmp_path))])
     assert c.gpt == hf.read_model(tmp_path).config
     assert c.init_from == str(tmp_path)
@@ -282,7 +284,9 @@ def write(path: Path, text: str) -> str:
 def test_names_without_the_head_as_the_hub_has_gpt2(tmp_path: Path) -> None:
     theirs = hf_model("gpt2")
     theirs.transformer.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(hf.read_model(tmp_path), tokens()), logits(theirs, tokens()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(hf.read_model(tmp_path), tokens()), logits(theirs, tokens()), rtol=0, atol=1e-5
+    )
 
 
 def test_training_begins_with_their_weights(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -341,7 +345,7 @@ def test_a_shorter_context_takes_the_first_positions(tmp_path: Path) -> None:
 
 def test_gpt2_itself_fits_its_preset(tmp_path: Path) -> None:
     transformers.GPT2Config().save_pretrained(tmp_path)
-    gpt2 = replace(hf.read_config(tmp_path)[1], bias=True)
+    gpt2 = replace(hf.read_options(tmp_path, *hf.read_config(tmp_path)), bias=True)
     ours = load_config(["config/nanogpt_124m.py", "--bias=true", "--vocab_size=50257"]).gpt
     assert ours == gpt2
 
@@ -363,17 +367,20 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "type 'mistral', wanted 'llama' or 'gpt2'" in refused(model_type="mistral")
     assert "is a model of type ['llama']" in refused(model_type=["llama"])
     for broken in (dict(rope_theta=None), dict(num_attention_heads=None), dict(head_dim="8"), dict(vocab_size="9")):
-        assert "describes a model that ours cannot be" in refused(**broken)
+        assert "is of a model that this one cannot be" in refused(**broken)
     assert "no config.json of Hugging Face" in refused(rope_parameters="yarn")
-    assert "ties the embeddings, but its lm_head.weight differs" in refused(tie_word_embeddings=True)
-    assert "size mismatch for transformer.h.0.mlp.gate.weight" in refused(intermediate_size=64)
-    assert 'Missing key(s) in state_dict: "transformer.h.2.' in refused(num_hidden_layers=3)
-    assert 'Unexpected key(s) in state_dict: "model.layers.1.' in refused(num_hidden_layers=1)
+    assert "ties the embeddings, but its lm_head.weight is another" in refused(tie_word_embeddings=True)
+    assert "is of shape (48, 32), wanted (64, 32)" in refused(intermediate_size=64)
+    assert "has no tensor model.layers.2." in refused(num_hidden_layers=3)
+    assert "has tensors that LlamaForCausalLM has not: model.layers.1." in refused(num_hidden_layers=1)
     folder = exported(model, tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # nothing that can run code is read
-    assert "wanted the format that save_pretrained writes" in complaint(folder, of=hf.read_model)
+    assert "wanted what save_pretrained of transformers writes" in complaint(folder, of=hf.read_model)
     (folder / "model.safetensors").write_bytes(b"not tensors")
     assert "cannot read the safetensors" in complaint(folder, of=hf.read_model)
+    for index in ("[]", '{"weight_map": {"lm_head.weight": 3}}'):
+        write(folder / "model.safetensors.index.json", index)
+        assert "cannot read the safetensors" in complaint(folder, of=hf.read_model)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "no folder nobody/nothing" in complaint(Path("nobody/nothing"), of=hf.find_folder)
     assert "no folder a/b/c" in complaint(Path("a/b/c"), of=hf.find_folder)
@@ -424,7 +431,7 @@ def test_each_option_of_the_model_has_a_rule_in_each_class() -> None:
 
 def test_a_short_vocabulary_is_refused(tmp_path: Path) -> None:
     short = GPT(replace(LLAMA, vocab_size=128))
-    assert "has 256 ids, the model only 128" in complaint(short, BYTES, tmp_path / "out", {}, of=hf.export)
+    assert "has 256 ids, the model 128" in complaint(short, BYTES, tmp_path / "out", {}, of=hf.export)
 
 
 def test_only_an_export_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,11 +445,14 @@ def test_only_an_export_is_overwritten(tmp_path: Path, monkeypatch: pytest.Monke
         hf.export(model, BYTES, target, dict(step=step))
     assert json.loads((target / "export.json").read_text()) == dict(step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    rename = Path.rename
 
-    def failing(*_: object, **__: object) -> None:
-        raise OSError("the disk is gone")
+    def failing(path: Path, to: Path) -> None:
+        if path.name == "new":
+            raise OSError("the disk is gone")
+        rename(path, to)
 
-    monkeypatch.setattr(shutil, "copymode", failing)
+    monkeypatch.setattr(Path, "rename", failing)
     assert "the disk is gone" in complaint(model, BYTES, target, dict(step=3), of=hf.export)
     assert json.loads((target / "export.json").read_text()) == dict(step=2)  # the earlier export is whole
 

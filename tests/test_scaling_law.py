@@ -180,8 +180,10 @@ def test_runs_that_stopped_early_are_left_out_and_named(tmp_path: Path) -> None:
     points = scaling_law.read((tmp_path / "family",), "total")
     assert points.D.tolist() == [64 * 30, 64 * 30]
     assert points.loss.tolist() == pytest.approx([3 - 0.3 + 0.1 + 1] * 2)
-    for steps, note in zip((10, 20), points.notes, strict=True):
+    *left_out, cost = points.notes
+    for steps, note in zip((10, 20), left_out, strict=True):
         assert note.endswith(f"to_{steps} ends at step {steps} of 30")
+    assert re.fullmatch(r"by the logs a training token costs \S+ to \S+ N FLOPs, not 6 N", cost)
     blocks = scaling_law.read((tmp_path / "family",), "blocks")
     assert (points.N - blocks.N).tolist() == [2 * 256 * 32] * 2  # embedding and head
     with pytest.raises(UserError, match=r"2 runs of 2 sizes N .* left out: .*to_10"):
@@ -270,6 +272,12 @@ def test_the_plan_fills_the_hours_and_a_second_start_keeps_it(
     wanted = float(re.search(r"wanted ([\d.]+) and", str(error.value))[1])
     assert scaling_plan.planned_lengths(dataclasses.replace(other, hours=wanted))[0] >= scaling_plan.FEWEST_STEPS
     assert json.loads((tmp_path / "plan.json").read_text())["steps"] == steps
+    with pytest.raises(UserError, match=r"the presets have steps of .* tokens, wanted the same in all"):
+        mixed = dict(presets=("config/setting2_cpu.py", "config/lpa_cpu.py"), out_dir=tmp_path / "mixed")
+        scaling_plan.planned_lengths(dataclasses.replace(g, **mixed))
+    for bad in (dict(hours=math.nan), dict(eval_tokens=0), dict(presets=())):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}"):
+            dataclasses.replace(g, **bad)
 
 
 def test_a_planned_run_is_one_that_train_py_makes(tmp_path: Path, corpus: Path) -> None:

@@ -341,8 +341,18 @@ def test_a_guided_run_may_stop_anywhere_and_ends_without_its_guide(
     assert checkpoint.load_model(parts / "ckpt/best", torch.device("cpu"))[2]["step"] == 2  # which had guides
     with pytest.raises(UserError, match="was begun with"):
         trained(corpus, parts, "--max_steps=8", "--self_guided=0.25", "--resume")
-    with pytest.raises(UserError, match=r"init_from is out/other, wanted none for self-guided training"):
-        trained(corpus, parts, "--init_from=out/other")
+    with pytest.raises(UserError, match="self_guided is nan, wanted a share"):
+        trained(corpus, parts, "--self_guided=nan")
+
+    def look(model: GPT, step: int, *_: int) -> None:
+        layer = model.transformer.h[1].mlp.up
+        kept = torch.equal(layer.A, straight["transformer.h.1.mlp.up.A"])
+        found.append((step, kept, torch.equal(layer.guide, dense_weight(layer))))
+
+    found: list[tuple[int, bool, bool]] = []
+    monkeypatch.setattr(guides, "set_guides", look)
+    trained(corpus, tmp_path / "from", *options, f"--init_from={tmp_path / 'straight'}", "--stop_step=1")
+    assert found == [(0, True, True)]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arm:
-    """Describe one row of a table: a preset, and what changes in it. The function arms adds the last three."""
+    """Describe one row of a table: a preset, and what changes in it. The function arms adds the last four."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     printed: str = ""
@@ -24,6 +24,8 @@ class Arm:
     setting: str = ""
     name: str = ""
     preset: str = ""
+    paper: str = "-"
+    """Its test perplexity in the paper, with the parameters; at the scale cpu that of the model with the same role."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,12 @@ MODELS["gpu"] = MODELS["S2 130M"] | {
     "FFN Dim.": Arm(dict(ffn_dim=2728)),
     "Layer Num.": Arm(dict(n_layer=15)),
 }
+AT_370M = dict(batch_size=60, tokens_per_step=60 * 512)
+MODELS["gpu 370M"] = {name: replace(MODELS["S2 370M"][name], changes=AT_370M) for name in ("Transformer", "LPA")}
 
 PRESETS = {
     "S1 130M": "130m_s1", "S1 370M": "370m_s1", "S2 130M": "130m", "S2 370M": "370m", "3B": "3b",
-    "gpu": "130m", "cpu": "130m",
+    "gpu": "130m", "gpu 370M": "370m", "cpu": "130m",
 }  # fmt: skip
 
 DENSE = ("Transformer", "same-param")  # they start from the dense preset, with its learning rate
@@ -169,10 +173,11 @@ POSITIONS = ("Transformer", "LPA", "low FFN", "low all")
 SUBLAYERS = ("Transformer", "LPA", "LPA K,V", "LPA Q,K,V")
 SURPLUS = ("Transformer", "LPA", "Attn Dim.", "FFN Dim.", "Layer Num.")
 
-# Table -> setting -> models. The settings "gpu" and "cpu" belong to the scales of that name, the others to "paper".
+# Table -> setting -> models. The settings that begin with gpu or cpu belong to these scales, the others to paper.
 TABLES = {
     "1": dict.fromkeys(("S1 130M", "S1 370M", "S2 130M", "S2 370M", "gpu", "cpu"), POSITIONS),
-    "3": dict.fromkeys(("S1 130M", "S1 370M", "S2 130M", "S2 370M", "gpu", "cpu"), BASELINES),
+    "3": dict.fromkeys(("S1 130M", "S1 370M", "S2 130M", "S2 370M", "gpu", "cpu"), BASELINES)
+    | {"gpu 370M": ("Transformer", "LPA")},
     "4": {"3B": BASELINES},
     "6": {
         "S1 370M": ("Transformer", "LPA", "LPA r=128", "LPA r=64", "LPA r=32"),
@@ -197,11 +202,23 @@ def arms(table: str, scale: str) -> list[Arm]:
         return [arm for shape in SIZES[scale] for arm in pair(shape, scale)]
     found = []
     for setting, names in TABLES[table].items():
-        if scale == (setting if setting in SCALES else "paper"):
+        place = setting.partition(" ")[0]
+        if scale == (place if place in SCALES else "paper"):
             for name in names:
                 preset = f"config/{'dense' if name in DENSE else 'lpa'}_{PRESETS[setting]}.py"
-                found.append(replace(MODELS[setting][name], setting=setting, name=name, preset=preset))
+                arm = MODELS[setting][name]
+                found.append(replace(arm, setting=setting, name=name, preset=preset, paper=printed(arm, setting, name)))
     return found
+
+
+def printed(arm: Arm, setting: str, name: str) -> str:
+    """Return what the paper prints; for a cpu row, of the model with the same role at S1 370M."""
+    role, where = name, ""
+    if setting == "cpu":
+        role, where = {"LPA r=8": "LPA r=128", "LPA r=4": "LPA r=64"}.get(name, name), ", S1 370M"
+        arm = MODELS["S1 370M"][role]
+    figures = f"{role}, {arm.printed}{where}" if where else arm.printed
+    return "-" if arm.perplexity is None else f"{arm.perplexity:.2f} ({figures})"
 
 
 def pair(shape: tuple[int, int, int, int], scale: str) -> list[Arm]:
@@ -209,7 +226,7 @@ def pair(shape: tuple[int, int, int, int], scale: str) -> list[Arm]:
     n_layer, n_head, n_embd, ffn_dim = shape
     changes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, ffn_dim=ffn_dim)
     if scale == "gpu":
-        changes |= dict(batch_size=60, tokens_per_step=60 * 512)
+        changes |= AT_370M
     dense = Arm(
         changes,
         setting=f"{n_layer} x {n_embd}",

@@ -13,6 +13,7 @@ what each table compares. Table 2 is bench.py's: --mode=eval and --mode=train. W
 """
 
 import datetime
+import itertools
 import math
 import shlex
 import signal
@@ -172,8 +173,7 @@ def markdown(o: Options, rows: list[Arm], runs: list[list[sweep.Run]]) -> str:
     notes = [f"{row.setting} {row.name}: {row.note}." for row in rows if row.note]
     lines += ["", *notes] if notes else []
     if o.table == "size":
-        gaps = ", ".join(gap(dense, low) for dense, low in zip(runs[::2], runs[1::2]))
-        lines += ["", f"LPA's val loss minus dense: {gaps}."]
+        lines += ["", crossing(runs)]
     return "\n".join(lines) + "\n"
 
 
@@ -192,14 +192,22 @@ def cells(o: Options, row: Arm, runs: list[sweep.Run]) -> list[str]:
         f"{log.parameters / 1e6:.4g}",
         f"{log.parameters_in_blocks / 1e6:.4g}",
         *(sweep.mean_and_std(mean, key, number) for key, number in digits.items()),
-        f"{row.perplexity:.2f} ({row.printed})" if row.perplexity else "-",
+        row.paper,
     ]
 
 
-def gap(dense: list[sweep.Run], low: list[sweep.Run]) -> str:
-    """Return the size of a dense model and the mean of its twin's loss minus its own, seed by seed."""
-    gaps = [sweep.result(b)["val_loss"] - sweep.result(a)["val_loss"] for a, b in zip(dense, low)]
-    return f"{read_run(dense[0].folder).parameters / 1e6:.3g}M {statistics.fmean(gaps):+.4f}"
+def crossing(runs: list[list[sweep.Run]]) -> str:
+    """Say where LPA's loss falls below its dense twin's, on a line through neighbours in log parameters."""
+    points = []
+    for dense, low in zip(runs[::2], runs[1::2]):
+        gaps = [sweep.result(b)["val_loss"] - sweep.result(a)["val_loss"] for a, b in zip(dense, low)]
+        points.append((read_run(dense[0].folder).parameters, statistics.fmean(gaps)))
+    found = ", ".join(f"{n / 1e6:.3g}M {gap:+.4f}" for n, gap in points)
+    for (n, gap), (m, following) in itertools.pairwise(points):
+        if gap > 0 >= following:
+            size = n * (m / n) ** (gap / (gap - following))
+            return f"LPA's val loss minus dense: {found}. LPA overtakes at about {size / 1e6:.3g}M parameters of dense."
+    return f"LPA's val loss minus dense: {found}. LPA does not overtake."
 
 
 if __name__ == "__main__":

@@ -117,10 +117,10 @@ def fit(points: Points, resamples: int = 200) -> Fit:
         seen = f"{runs} runs of {sizes} sizes N and {lengths} lengths D that can be fitted"
         raise UserError("; ".join([f"{points.name} has {seen}, wanted {wanted}", *points.notes]))
     law = best_law(points, starts(points))
-    table = np.array([dataclasses.astuple(one) for one in (law, *bootstrap(points, law, resamples))])
-    exponents = table[:, [2, 4]]  # alpha and beta, (1 + resamples, 2)
-    outside = np.any((exponents <= EXPONENTS[0]) | (exponents >= EXPONENTS[1]), axis=1)
-    lost = f"{outside[1:].sum()} of {resamples} resamples"
+    laws = [law, *bootstrap(points, law, resamples)] if in_bounds(law) else [law]
+    table = np.array([dataclasses.astuple(one) for one in laws])
+    outside = np.array([not in_bounds(one) for one in laws])
+    lost = f"{outside.sum()} of {resamples} resamples"
     if outside[0] or outside.sum() > TAIL * resamples:
         raise UserError(
             f"{points.name}: alpha or beta is outside {EXPONENTS[0]:g} to {EXPONENTS[1]:g} in"
@@ -134,6 +134,10 @@ def fit(points: Points, resamples: int = 200) -> Fit:
     if runs < 2 * FEWEST_RUNS:
         notes.append(f"only {runs} runs for five constants: the errors are too small, not too large")
     return Fit(points, law, Law(*table.T), notes)
+
+
+def in_bounds(law: Law) -> bool:
+    return all(EXPONENTS[0] < exponent < EXPONENTS[1] for exponent in (law.alpha, law.beta))
 
 
 def starts(points: Points) -> list[Law]:

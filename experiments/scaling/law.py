@@ -22,12 +22,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+import data
 from config import UserError, parse, user_errors
 from experiments import plot
 from experiments.logs import Run, read_run
 from experiments.scaling import plan as runs_plan
 from experiments.scaling.fit import TOLERANCE, Fit, Points, fit, gamma_of_runs, interval, ratios
-from experiments.sweep import markdown_table
+from experiments.sweep import markdown_table, write_page
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,13 @@ def main(o: Options) -> None:
         lines += comparison(o, *fits)
     text = "\n".join(lines) + "\n"
     print(text)
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    o.out.with_suffix(".md").write_text(text)
+    write_page(o.out.with_suffix(".md"), text)
     draw(o, fits)
 
 
 def read(paths: tuple[Path, ...], count: str) -> Points:
     """Return the finished runs of these folders and files as one family. Raise UserError without any log."""
-    rows, notes, runs = [], [], []
+    rows, notes, runs, costs = [], [], [], []
     for path in paths:
         if path.suffix == ".csv":
             rows += read_csv(path)
@@ -97,9 +97,22 @@ def read(paths: tuple[Path, ...], count: str) -> Points:
             size = run.parameters if count == "total" else run.parameters_in_blocks
             rows.append((size, last["tokens"], last["val_loss"]))
             runs.append(run)
+            costs.append(run.flops_per_token / size)
+            notes += repetition(run)
+    if costs:
+        notes.append(f"by the logs a training token costs {min(costs):.2g} to {max(costs):.2g} N FLOPs, not 6 N")
     name = " ".join(path.stem for path in paths[:3]) + (" ..." if len(paths) > 3 else "")
     N, D, loss = np.array(rows, dtype=float).reshape(-1, 3).T  # (runs,) each
     return Points(name, N, D, loss, tuple(notes), tuple(runs))
+
+
+def repetition(run: Run) -> list[str]:
+    """Return a note if a run saw its corpus more than once; none if the corpus is not here."""
+    try:
+        epochs = run.evaluations[-1]["tokens"] / data.open_corpus(run.options["dataset"], "train").tokens
+    except UserError:
+        return []
+    return [f"{run.path.parent} saw its tokens {epochs:.1f} times: repeated ones teach less"] if epochs > 1 else []
 
 
 def require_same_measure(runs: list[Run]) -> None:

@@ -43,6 +43,11 @@ class Grid:
     def __post_init__(self) -> None:
         if len(self.widths) < 3 or self.lengths < 3:
             raise ValueError(f"widths are {self.widths} and lengths {self.lengths}, wanted 3 or more of each")
+        if not 1 <= len(self.presets) <= 2:
+            raise ValueError(f"presets are {self.presets}, wanted one or two")
+        for name in ("hours", "eval_tokens"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted above 0")
 
 
 def train(g: Grid) -> list[Path]:
@@ -96,7 +101,10 @@ def planned_lengths(g: Grid) -> list[int]:
             raise UserError(f"{path} has other options: give another --out_dir, or move it away")
         return plan["steps"]
     configs = [run.config for run in make_runs(g, FEWEST_STEPS)]
-    per_step = configs[0].tokens_per_step or configs[0].batch_size * configs[0].gpt.block_size
+    all_per_step = {c.tokens_per_step or c.batch_size * c.gpt.block_size for c in configs}
+    if len(all_per_step) > 1:
+        raise UserError(f"the presets have steps of {all_per_step} tokens, wanted the same in all")
+    per_step = all_per_step.pop()
     unique = data.open_corpus(configs[0].dataset, "train").tokens
     seconds = sum(seconds_per_token(c) for c in configs)  # for a token of every size
     # A forward pass is a third of a step.

@@ -22,7 +22,7 @@ import train
 from config import TrainConfig, UserError, load_config, user_errors
 from data.tokenizers import load_tokenizer
 from experiments.structured import guides
-from lpa import checkpoint, distributed
+from lpa import checkpoint, distributed, init_from
 from lpa.distributed import DistInfo
 from model import GPT, GPTConfig, LowDim
 
@@ -35,10 +35,10 @@ class Options:
     gives the run the training FLOPs of its dense twin. It then adds as many steps, which read the same tokens again."""
 
     def __post_init__(self) -> None:
+        if self.self_guided != "flops" and not 0 < self.self_guided <= 1:
+            raise ValueError(f"self_guided is {self.self_guided}, wanted a share above 0, at most 1, or flops")
         if not any(vars(self.train.gpt.lowdim).values()):
             raise ValueError("lowdim leaves every matrix dense, wanted factored ones to guide")
-        if self.train.init_from is not None:
-            raise ValueError(f"init_from is {self.train.init_from}, wanted none for self-guided training")
 
 
 def main(o: Options) -> None:
@@ -73,6 +73,11 @@ def train_in_phases(c: TrainConfig, guided_steps: int, new_steps: int, info: Dis
         if info.rank == 0:
             checkpoint.write_whole(run / "guided.json", note)  # only now does the run's folder exist
         model = GPT(gpt, seed)
+        if seed is not None and c.init_from is not None:  # before the guides, which start as B A
+            tokenizer = data.open_corpus(c.dataset, "train").meta["tokenizer"]
+            energy = init_from.start_from(Path(c.init_from), model, tokenizer)
+            if info.rank == 0:
+                print(f"weights of {c.init_from}; {init_from.energy_table(energy)}")
         guides.add_guides(model)
         return model
 
@@ -84,7 +89,7 @@ def train_in_phases(c: TrainConfig, guided_steps: int, new_steps: int, info: Dis
     if not done:
         if info.rank == 0:
             print(f"self-guided: {guided_steps:,} of {c.max_steps:,} steps; the table counts the guides too")
-        guided = replace(c, stop_step=min(guided_steps, c.stop_step or guided_steps))
+        guided = replace(c, stop_step=min(guided_steps, c.stop_step or guided_steps), init_from=None)
         train.pretrain(guided, info, guided_model, set_guides)
         stopped = run / "stopped.json"  # a signal may arrive in the last of these steps
         done = info.run_on_rank_0(lambda: not stopped.exists() and saved_step(run, note) >= guided_steps)
