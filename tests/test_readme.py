@@ -74,7 +74,7 @@ def test_the_commands_of_each_kind_are_found() -> None:
 
 def test_the_line_that_begins_with_gpt2_has_its_options(tmp_path: Path) -> None:
     pytest.importorskip("transformers").GPT2Config().save_pretrained(tmp_path)  # of the published 124M
-    theirs = dataclasses.replace(hf.read_config(tmp_path)[1], bias=True)
+    theirs = dataclasses.replace(hf.read_options(tmp_path, *hf.read_config(tmp_path)), bias=True)
     command = next(c for c in COMMANDS if "nanogpt_124m" in c and "--init_from=gpt2" in c)
     assert load_config(shlex.split(command)[2:]).gpt == theirs
 
