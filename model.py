@@ -65,8 +65,8 @@ class GPTConfig:
     pos: Literal["learned", "rope", "none"] = "rope"
     rope_theta: float = 10000.0
     rope_dim: int | None = None
-    """Rotate this many extra channels per head instead of the head, with one key for all heads (decoupled RoPE,
-    arXiv 2405.04434), so that a cache can hold latents of keys; None = rotate the whole head."""
+    """Decoupled RoPE (arXiv 2405.04434): each head gets so many extra channels, and only these rotate. Their key is
+    shared by all heads. The other channels do not rotate, so a cache can hold latents. None = rotate the whole head."""
     qk_norm: bool = False
     """Normalise each head's query and key to length sqrt(D) before RoPE (arXiv 2010.04245)."""
     bias: bool = False
@@ -74,7 +74,7 @@ class GPTConfig:
     head_bias: bool = False
     tie_embeddings: bool = False
     zero_init: bool = False
-    """Start o, down and an untied head at zero: each block adds nothing, and all tokens are equally likely."""
+    """Start o, down and the head (if it is not tied) at zero: blocks add nothing, all tokens are equally likely."""
     dropout: float = 0.0
     """On the embeddings and on the output of attention and of the feed-forward."""
 
@@ -114,7 +114,7 @@ class LowRank(nn.Module):
 
 
 def dense(d_in: int, d_out: int, bias: bool) -> nn.Linear:
-    layer = nn.Linear(d_in, d_out, bias, device="meta")  # skips PyTorch's initialisation: init_weights draws all
+    layer = nn.Linear(d_in, d_out, bias, device="meta")  # here PyTorch draws no weights: init_weights does
     layer.weight = nn.Parameter(torch.empty(d_out, d_in))
     layer.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
     return layer
@@ -149,7 +149,7 @@ class Norm(nn.Module):
 
 
 def rope_table(c: GPTConfig) -> Tensor:
-    """Return cos and sin of each position's angles, (2, block_size, D/2); with rope_dim D_r/2 (arXiv 2104.09864)."""
+    """Return cos and sin by position and angle (arXiv 2104.09864): (2, block_size, D/2), with rope_dim D_r/2."""
     width = c.rope_dim or c.head_dim
     frequency = c.rope_theta ** (-torch.arange(0, width, 2).float() / width)
     angle = torch.outer(torch.arange(c.block_size).float(), frequency)
@@ -158,7 +158,7 @@ def rope_table(c: GPTConfig) -> Tensor:
 
 def apply_rope(x: Tensor, rope: Any) -> Tensor:
     """Rotate channel i with channel i + D/2. x (B, T, H, D); rope (2, T, D/2), or (2, B, T, D/2) by row."""
-    cos, sin = rope[..., None, :]  # each (T, 1, D/2) or (B, T, 1, D/2)
+    cos, sin = rope[..., None, :]  # equal for all heads: each (T, 1, D/2) or (B, T, 1, D/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -183,10 +183,10 @@ class Attention(nn.Module):
         v = self.split_heads(self.v(x)).transpose(1, 2)  # (B, G, T, D)
         if cache is not None:
             k, v = cache.append(self, x, k, v)  # (B, G, S, D)
-        v = F.pad(v, (0, self.rope_dim)) if self.rope_dim else v  # the fused kernels want values as wide as keys
-        causal = mask is None and x.size(1) > 1  # a single new token may look at everything
+        v = F.pad(v, (0, self.rope_dim)) if self.rope_dim else v  # fused kernels want v as wide as k
+        causal = mask is None and x.size(1) > 1  # a single new token sees all tokens before it
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
-        return self.o(y[..., : self.head_dim].transpose(1, 2).flatten(2))  # (B, T, H D) -> (B, T, C)
+        return self.o(y[..., : self.head_dim].transpose(1, 2).flatten(2))  # cut v's padding; (B, T, H D) -> (B, T, C)
 
     def queries_and_keys(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> q (B, H, T, D), k (B, G, T, D); with rope_dim, D + D_r wide."""
@@ -284,11 +284,11 @@ class GPT(nn.Module):
             raise ValueError(f"position {end} is beyond block_size = {self.config.block_size}")
         positions, mask = slice(past, end), self.attention_mask(idx.size(1), end)
         if cache is not None:
-            positions, mask = cache.extend(positions, mask)  # which may differ by row
+            positions, mask = cache.extend(positions, mask)  # they differ by row where prompts differ in length
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.pos == "learned":
             x = x + self.transformer.wpe.weight[positions]
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream too: each product rounds it anyway
+        if torch.is_autocast_enabled(x.device.type):  # keep the residual stream in bfloat16: products round it anyway
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
         rope = None if self.rope is None else self.rope[:, positions].to(x.dtype)
@@ -297,8 +297,8 @@ class GPT(nn.Module):
         return self.transformer.norm(x) if self.config.norm_order == "pre" else x
 
     def attention_mask(self, T: int, S: int) -> Tensor | None:
-        """Return which of S tokens each of the last T may look at, (T, S); None = causal, without a tensor."""
-        if T in (1, S):
+        """Return which of S tokens each of the last T may look at, (T, S). None: attention needs no tensor for it."""
+        if T in (1, S):  # a single token sees all; T = S is the causal mask
             return None
         return torch.ones(T, S, dtype=torch.bool, device=self.lm_head.weight.device).tril(S - T)
 
@@ -306,15 +306,15 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw every parameter. A test measures each row of this table.
 
-        s is 0.02, but 0.02 / sqrt(2 n_layer) for o and down, which write into the residual stream; not with norm_order
-        'post', where the norm would undo it. s scales the product B A once. N(0, s): s is the standard deviation.
+        s is 0.02. For o and down, which write into the residual stream, it is 0.02 / sqrt(2 n_layer); with norm_order
+        'post' it is not, since the norm would undo it. N(0, s) has the standard deviation s, as has the product B A.
 
         embeddings, head   N(0, 0.02)
         dense projection   N(0, s)
         A, B: 'spectral'   truncated SVD of a dense N(0, s) matrix, split evenly (arXiv 2105.01029)
               'matched'    N(0, sqrt(s / sqrt(R))): B A has the variance of a dense matrix
-              'torch'      U(-a, a), a = 1 / sqrt(width in), as the paper's authors; B times s / 0.02
-              of blocks    each block orthogonal (arXiv 2406.16450); B times s / 0.02
+              'torch'      U(-a, a) with a = 1 / sqrt(width in), as in the authors' code; then B times s / 0.02
+              of blocks    each block orthogonal (arXiv 2406.16450); then B times s / 0.02
         bias; norm weight  0; 1
         zero_init          then sets o, down and an untied head to 0; where they are factored, only B
         """

@@ -185,11 +185,11 @@ def train_step(
     total = info.mean(total)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    largest = c.grad_clip or math.inf
-    norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), largest))
-    # Where loss or gradient is not finite, the optimizers leave weights and moments as they are. The verdict stays on
-    # the device; scaler.step would make the host wait, and judge by its own rule.
-    skip = check.verdict(total, norm, largest)
+    max_norm = c.grad_clip or math.inf
+    norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    # If the loss or a gradient is not finite, the optimizers change nothing. The verdict stays on the device. We do not
+    # call scaler.step, because it would make the host wait.
+    skip = check.verdict(total, norm, max_norm)
     for optimizer in optimizers:
         optimizer.found_inf = skip  # pyrefly: ignore  (torch's optimizers look for it, and declare it nowhere)
         optimizer.step()
@@ -215,13 +215,13 @@ def evaluate(
     total = torch.zeros((), device=info.device)
     if stop is not None:
         stop.reset_pace()
-    for start in range(0, -(-len(windows) // info.world_size), c.batch_size):  # as often on every process
+    for start in range(0, -(-len(windows) // info.world_size), c.batch_size):  # the same number on each process
         if stop is not None and stop.reason():
             total.fill_(math.nan)
             break
         chunk = mine[start : start + c.batch_size]
         weight = len(chunk)
-        chunk = chunk if weight else windows[:1]  # FSDP needs all shards: a process without windows computes too
+        chunk = chunk if weight else windows[:1]  # FSDP needs every process, also one that has no window left
         x, y = (t.to(info.device) for t in read(chunk))
         # A last, smaller batch is not worth another compilation.
         stance = torch.compiler.set_stance("default" if len(chunk) == c.batch_size else "force_eager")

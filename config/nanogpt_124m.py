@@ -1,4 +1,4 @@
-"""A plain GPT-2 small with nanoGPT's published hyperparameters: what speedrun_gpu is compared with.
+"""A plain GPT-2 small with nanoGPT's published hyperparameters.
 
 launch    python train.py config/nanogpt_124m.py
 hardware  one GPU of 80 GB

@@ -86,8 +86,8 @@ def activation_bytes_per_token(c: GPTConfig, dtype: str, recompute: str = "none"
     """Return the bytes that a training step keeps between forward and backward per token, at a context of block_size.
 
     Counts the storages that a forward pass leaves alive, whatever holds them. On fake CPU tensors attention is fused,
-    and keeps its output and log-sum-exp. The difference of two batch sizes leaves out what does not grow with the
-    batch, such as copies of the weights in dtype.
+    and keeps its output and log-sum-exp; on a real CPU in bfloat16, lpa/cpu.py keeps the scores of short contexts, too.
+    The difference of two batch sizes leaves out what does not grow with the batch, such as the weights in dtype.
     """
     alive = []
     with FakeTensorMode():

@@ -115,7 +115,7 @@ class Copying:
         return x, kept
 
     def micro_batches(self, size: int, step: int, micro_steps: int, info: DistInfo) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's batches of a step; a step has the same samples for any number of ranks."""
+        """Yield this process's micro-batches of a step. A step has the same samples for any number of processes."""
         for micro_step in range(micro_steps):
             first = ((step * micro_steps + micro_step) * info.world_size + info.rank) * size
             x, y = self.samples(range(first, first + size))
