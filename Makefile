@@ -7,9 +7,8 @@ python := .venv/bin/python
 .PHONY: demo lint test test-slow
 
 demo: .venv/installed
-	$(python) train.py config/lpa_cpu.py
-	$(python) sample.py out/lpa_cpu --prompt="def " --max_new_tokens=600
-	$(python) bench.py config/lpa_cpu.py --mode=train
+	$(python) -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.8,<4'
+	$(python) -m experiments.demo
 
 lint: .venv/installed-dev
 	$(python) -m ruff check .

@@ -5,7 +5,7 @@
     python -m experiments.plot out/dense out/r16 out/r64 --x=rank --y=perplexity
 
 Each run is named by the options that distinguish it from the others. Runs that differ only in their seed become one
-curve, their mean, with a band from the lowest to the highest. Writes a PNG and an SVG.
+curve, their mean, with a band from the lowest to the highest. Prints the curves and writes a PNG and an SVG.
 """
 
 import sys
@@ -19,6 +19,7 @@ import tyro
 
 from config import UserError, parse, user_errors
 from experiments.logs import SILENT, Run, describe_ranks, name_runs, read_run, require_common_axis
+from experiments.sweep import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +72,9 @@ def main(o: Options) -> None:
     if o.x == "rank":
         draw_ranks(o, runs, axes[0, 0])
     else:
-        draw_curves(o, *make_curves(o, runs), axes[0, 0])
+        curves, width = make_curves(o, runs)
+        draw_curves(o, curves, width, axes[0, 0])
+        print(as_text(o, curves))
     add_legend(figure, axes[0, 0])
     save(figure, o.out)
 
@@ -134,6 +137,15 @@ def running_mean(x: np.ndarray, y: np.ndarray, width: float) -> np.ndarray:
     first, last = np.searchsorted(x, x - half, "left"), np.searchsorted(x, x + half, "right")
     total = np.concatenate([[0.0], np.cumsum(y)])
     return (total[last] - total[first]) / (last - first)
+
+
+def as_text(o: Options, curves: list[Curve]) -> str:
+    """Return the curves as columns, at eight places along x."""
+    lines = [[o.x, *(curve.name or Y[o.y] for curve in curves)]]
+    for x in np.linspace(0, max(curve.x[-1] for curve in curves), 9)[1:]:
+        ys = [f"{np.interp(x, c.x, c.y):.4f}" if c.x[0] <= x <= c.x[-1] else "-" for c in curves]
+        lines.append([f"{x:,.4g}" if o.x == "flops" else f"{x:,.0f}", *ys])
+    return aligned(lines)
 
 
 def by_rank(o: Options, runs: list[Run]) -> dict[str, list[tuple[int, np.ndarray]]]:

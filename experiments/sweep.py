@@ -292,8 +292,10 @@ def as_text(rows: list[dict[str, Any]], markdown: bool) -> str:
     for row in rows:
         means = [mean_and_std(row, key, 1 if "seconds" in key else 4) for key in keys]
         lines.append([row["arm"], str(row["seeds"]), *means])
-    if markdown:
-        return markdown_table(lines)
+    return markdown_table(lines) if markdown else aligned(lines)
+
+
+def aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 

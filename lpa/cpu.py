@@ -1,11 +1,12 @@
-"""CPU kernels that replace PyTorch's own, from outside the model: RMSNorm, short attention, and products on AMD.
+"""CPU kernels that replace PyTorch's own, from outside the model: short attention in bfloat16, and products on AMD.
 
-They are installed for training, under the same operators, so that F.rms_norm, F.scaled_dot_product_attention and every
-product of float32 matrices find them, whatever model.py does. Figures are in results/cpu_kernels.md
+They are installed for training, under the same operators, so that F.scaled_dot_product_attention and every product of
+float32 matrices find them, whatever model.py does. Figures are in results/cpu_kernels.md
 (`python -m experiments.speed.products`).
 
-PyTorch gives float32 products to MKL, which uses at most AVX2 on an AMD processor. oneDNN, which PyTorch brings along,
-uses AVX-512 there. On AVX2 it is faster for large products alone, and on Intel it is not.
+PyTorch gives float32 products to MKL, which is slow on AMD processors. oneDNN, which PyTorch brings along, is faster
+there for large products; on Intel it is not. The choice follows from the processor and the model, and not from a
+measurement at the start: a busy machine would measure something else, and the same command would give other bits.
 """
 
 import functools
@@ -13,29 +14,30 @@ import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from config import TrainConfig
+
 LIBRARY = torch.library.Library("aten", "IMPL")  # what is installed lives as long as this
 LONGEST = 512  # tokens up to which attention in bfloat16 is faster without the fused kernel
+NARROWEST = 512  # n_embd from which on products by oneDNN outweigh the call from Python
 
 
-def install(dtype: str) -> str:
-    """Install the kernels that make training in this precision faster. Return a line that says which.
+def install(c: TrainConfig) -> str:
+    """Install the kernels that make training with these options faster. Return a line that says which.
 
-    Not the others: even to look at each product costs a bfloat16 step of lpa_cpu 2 to 7 %.
+    Products only for wide models: to look at each product takes 14 % of a float32 step of lpa_cpu.
     """
-    override("rms_norm", rms_norm, "AutogradCPU")
-    about = "CPU kernels: RMSNorm in few passes"
-    if dtype == "bfloat16":
+    smallest = smallest_onednn_product()
+    if c.dtype == "bfloat16" and c.gpt.block_size <= LONGEST:
         override("scaled_dot_product_attention", attention, "AutogradCPU")
-        about += f", attention up to T {LONGEST} unfused"
-    elif dtype == "float32" and (smallest := smallest_onednn_product()) is not None:
+        return f"CPU kernels: PyTorch's, with unfused attention up to T {LONGEST}"
+    if c.dtype == "float32" and smallest is not None and c.gpt.n_embd >= NARROWEST:
         override("mm", mm, "CPU")
-        about += f", products by oneDNN from {smallest:.2g} multiply-adds"
-    return about
+        return f"CPU kernels: PyTorch's, with products by oneDNN from {smallest:.2g} multiply-adds"
+    return "CPU kernels: PyTorch's"
 
 
 @functools.cache  # once in a process
@@ -93,41 +95,3 @@ def unfused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     later = q.new_full((T, T), -torch.inf).triu(1).repeat(H // k.size(1), 1)
     scores = torch.baddbmm(later, q, k.flatten(0, 1).mT, alpha=scale)
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, H, T, -1)
-
-
-def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """Compute F.rms_norm over the last dimension; over others, and without gradients, by its formula."""
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    if len(shape) == 1 and torch.is_grad_enabled():
-        return RMSNorm.apply(x, weight, eps)
-    mean = x.float().square().mean(dim=tuple(range(-len(shape), 0)), keepdim=True)
-    y = (x * (mean + eps).rsqrt()).to(x.dtype)
-    return y if weight is None else y * weight
-
-
-class RMSNorm(torch.autograd.Function):
-    """y = w x r with r = (mean x^2 + eps)^-1/2. Sums and r are float32 at least; each pass over x counts."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)  # (..., 1)
-        r = (length.square() / x.size(-1) + eps).rsqrt()
-        ctx.save_for_backward(x, weight, r)
-        y = torch.mul(x, r, out=torch.empty_like(x))  # rounded once
-        return y if weight is None else y.mul_(weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Of x: r (w g - x r^2 mean(w g x)). Of w: the sum over rows of g x r."""
-        x, weight, r = ctx.saved_tensors
-        product = grad * x  # (..., C)
-        for_weight = None
-        if weight is not None:
-            normed = torch.mul(product, r, out=torch.empty_like(x))
-            for_weight = normed.sum(tuple(range(x.ndim - 1)), dtype=r.dtype).to(weight.dtype)
-            product, grad = product * weight, grad * weight
-        mean = product.sum(-1, keepdim=True, dtype=r.dtype) / x.size(-1)
-        for_x = torch.mul(grad, r, out=torch.empty_like(x))
-        return for_x.sub_(torch.mul(x, r**3 * mean, out=product)), for_weight, None

@@ -227,7 +227,7 @@ def parallelize(model: Any, c: TrainConfig, info: DistInfo, find_unused: bool = 
     shards of the weights stay float32 and are gathered in c.dtype. find_unused: some steps leave out some parameters.
     """
     if info.device.type == "cpu":
-        cpu.install(c.dtype)
+        cpu.install(c)
     apply_recompute(model, c.recompute)
     mode = hardware.choose_compile(c.compile, info.device)
     for module in {"off": [], "model": [model], "block": model.transformer.h}[mode]:

@@ -116,7 +116,7 @@ class Log:
             f" x {self.processes} processes x {micro_steps} micro-steps"
         )
         if self.device.type == "cpu":
-            self.say(cpu.install(c.dtype))  # what parallelize has installed
+            self.say(cpu.install(c))  # what parallelize has installed
         step = self.clock_step
         done = f": no step is left of {self.last_step:,}" if step >= self.last_step else ""
         self.say(f"continuing from {folder}{done}" if folder else f"writing to {self.run}")
@@ -154,6 +154,7 @@ class Log:
         if self.silent:
             return
         speed = (step - self.clock_step) * self.tokens_per_step / (now - self.clock)
+        self.matmul_rate = max(self.matmul_rate, speed * self.flops_per_token)  # a busy start measures too low a rate
         mfu = speed * self.flops_per_token / self.matmul_rate
         minutes, seconds = divmod(int((self.last_step - step) * self.tokens_per_step / speed), 60)
         skipped = f" | {counts['skipped']} skipped" if counts["skipped"] else ""

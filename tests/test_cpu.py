@@ -3,11 +3,14 @@
     .venv/bin/pytest tests/test_cpu.py        CPU, about 2 s
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import load_config
 from lpa import cpu
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -28,21 +31,6 @@ def compare(ours, exact, inputs: list[Tensor], rtol: float) -> None:
     for got, wanted in zip(*results):
         assert got.dtype == inputs[0].dtype
         assert (got.double() - wanted).abs().max() <= rtol * wanted.abs().max()
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [(FP32, 1e-6), (BF16, 0.01)])
-def test_rms_norm(dtype: torch.dtype, rtol: float) -> None:
-    x, weight = randn(6, 5, 48, dtype=dtype), randn(48, dtype=dtype, seed=2)
-
-    def exact(x: Tensor, weight: Tensor | None = None) -> Tensor:
-        y = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return y if weight is None else y * weight
-
-    compare(lambda x, w: cpu.rms_norm(x, [48], w, 1e-5), exact, [x, weight], rtol)
-    compare(lambda x: cpu.rms_norm(x, [48], None, 1e-5), exact, [x], rtol)
-    with torch.no_grad():
-        y = cpu.rms_norm(x, [48], weight, 1e-5)
-        assert (y.double() - exact(x.double(), weight.double())).abs().max() < 10 * rtol
 
 
 @pytest.mark.parametrize("heads", [4, 2, 1])
@@ -70,11 +58,35 @@ def test_products_by_onednn(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_installed_is_what_a_model_calls() -> None:
     """In bfloat16 a causal call takes the unfused path; with a mask, or longer than 512 tokens, PyTorch's kernel."""
-    cpu.install("bfloat16")
+    cpu.install(load_config(["--dtype=bfloat16"]))
     q, mask = randn(1, 2, 8, 16, dtype=BF16).requires_grad_(), torch.ones(8, 8).tril().bool()
     assert "View" in F.scaled_dot_product_attention(q, q, q, is_causal=True).grad_fn.name()
     assert "Flash" in F.scaled_dot_product_attention(q, q, q, mask).grad_fn.name()
     long = randn(1, 1, 513, 16, dtype=BF16).requires_grad_()
     assert "Flash" in F.scaled_dot_product_attention(long, long, long, is_causal=True).grad_fn.name()
-    x = randn(4, 16, dtype=FP32).requires_grad_()
-    assert F.rms_norm(x, (16,), eps=1e-5).grad_fn.name() == "RMSNormBackward"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "options", "installed"),
+    [
+        ("GenuineIntel", "AVX512", [], None),
+        ("AuthenticAMD", "AVX512", [], "mm"),
+        ("AuthenticAMD", "AVX2", [], "mm"),
+        ("AuthenticAMD", "AVX512", ["--n_embd=192"], None),
+        ("AuthenticAMD", "AVX512", ["--dtype=bfloat16"], "scaled_dot_product_attention"),
+        ("GenuineIntel", "AVX512", ["--dtype=bfloat16", "--block_size=1024"], None),
+    ],
+)
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN")
+def test_what_each_processor_installs(
+    vendor: str, capability: str, options: list[str], installed: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id : {vendor}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    calls: list[str] = []
+    monkeypatch.setattr(cpu, "override", lambda operator, kernel, key: calls.append(operator))
+    cpu.smallest_onednn_product.cache_clear()
+    about = cpu.install(load_config(options))
+    cpu.smallest_onednn_product.cache_clear()
+    assert calls == ([installed] if installed else [])
+    assert ("oneDNN" in about) == (installed == "mm")

@@ -4,6 +4,7 @@
 """
 
 import copy
+import dataclasses
 import itertools
 import os
 import pickle
@@ -121,7 +122,7 @@ def in_one_process(c: TrainConfig, dtype: torch.dtype) -> tuple[list[float], dic
 
     Each pass reads the weights rounded to dtype; its gradients are added, averaged and applied in float32.
     """
-    cpu.install(str(dtype).removeprefix("torch."))  # the kernels of the processes, which round bfloat16 alike
+    cpu.install(dataclasses.replace(c, dtype=str(dtype).removeprefix("torch.")))  # as the processes do
     corpus = data.open_corpus(c.dataset, "train")
     c = train.with_vocabulary(c, corpus)
     model, found = GPT(c.gpt, c.seed), []

@@ -6,14 +6,18 @@
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 
+import bench
 from config import TrainConfig, load_config
+from experiments import demo
 from lpa import hf
 from model import GPTConfig
 
@@ -112,14 +116,21 @@ def test_the_tree_names_every_command_and_folder() -> None:
     assert {path.name for path in ROOT.glob("*.py")} <= named
 
 
-def test_the_commands_of_the_demo_run(tmp_path: Path) -> None:
-    """Those that `make demo` runs, on less."""
-    demo = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
-    lines = [line.replace("$(python)", "python").strip() for line in demo.splitlines()]
-    assert all(line in README for line in lines)
-    less = {"train.py": [f"--out_dir={tmp_path}/run", "--max_steps=2", "--eval_tokens=640", "--device=cpu"]}
-    less |= {"sample.py": ["--max_new_tokens=5"], "bench.py": ["--pairs=1", "--device=cpu"]}
-    for line in lines:
-        _, script, *arguments = shlex.split(line)
-        arguments = [argument.replace("out/lpa_cpu", f"{tmp_path}/run") for argument in arguments]
-        assert run(script, *arguments, *less[script]).stdout
+def test_the_commands_of_the_demo_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """All that `make demo` runs, on less. The number of steps is fixed at its start, and kept for the next call."""
+    less = {"train.py": "--max_steps=2 --eval_tokens=640", "sample.py": "--max_new_tokens=5", "bench.py": "--pairs=1"}
+    run = demo.run
+    monkeypatch.setattr(demo, "run", lambda command: run(f"{command} {less.get(command.split()[0], '')}"))
+    times = {"lpa_cpu": [50.0, 40.0, 60.0], "dense_cpu": [50.0]}
+    monkeypatch.setattr(bench, "alternate", lambda works, rounds, device: times)
+    demo.main(demo.Options(minutes=3.0, out=tmp_path))
+    assert json.loads((tmp_path / "steps.json").read_text()) == {"lpa_cpu": 3600}
+    assert (tmp_path / "curves.png").exists()
+    written = capfd.readouterr().out
+    assert f"train.py config/lpa_cpu.py --max_steps=3600 --out_dir={tmp_path}/lpa_cpu" in written
+    for script in less:
+        assert f"python {script} " in README
+    times["lpa_cpu"] = [1.0]
+    assert demo.planned_steps(demo.Options(out=tmp_path)) == {"lpa_cpu": 3600}
+    both = demo.planned_steps(demo.Options(minutes=6.12, out=tmp_path / "fast"))
+    assert both == {"lpa_cpu": 7200, "dense_cpu": 7200}

@@ -33,8 +33,6 @@ class Scale:
     """Hold what all runs of a scale share."""
 
     changes: dict[str, Any]
-    flops_per_second: dict[str, float]
-    """By dtype, of one job, to estimate hours."""
     rates: tuple[float, ...] = ()
     """Learning rates to try; none = that of the preset."""
     tune_share: float = 0.1
@@ -46,7 +44,6 @@ class Scale:
 SCALES = {
     "paper": Scale(
         changes=dict(vocab_size=32000, factor_init="torch"),  # the init of the authors' code
-        flops_per_second=dict(float32=0.4 * 19.5e12, bfloat16=0.4 * 312e12),  # 40 % of an A100, by arithmetic
     ),
     "gpu": Scale(
         changes=dict(
@@ -54,7 +51,6 @@ SCALES = {
             dataset="books_wiki", vocab_size=50304, eval_interval=0, save_interval=10_000, eval_tokens=None,
             batch_size=160, tokens_per_step=160 * 256,  # half the paper's batch: 63M tokens are few steps
         ),
-        flops_per_second=dict(bfloat16=0.3 * 989e12),  # 30 % of an H200's datasheet, a guess; not measured here
         rates=(5e-4, 1e-3, 2e-3),
         tokens=63_000_000,
     ),
@@ -66,7 +62,6 @@ SCALES = {
             n_layer=6, n_head=4, n_embd=64, ffn_dim=176,  # 301,888 parameters outside the embeddings
             block_size=128, batch_size=16, tokens_per_step=16 * 128,
         ),
-        flops_per_second=dict(float32=40e9),  # one of two jobs on an idle 2-core EPYC: 16,000 tokens/s, dense
         rates=(1e-3, 2e-3, 4e-3, 8e-3),
         tune_share=0.3,  # a tenth, 295 steps, still depends on luck
         tokens=20 * 302_000,

@@ -4,7 +4,6 @@
     python -m experiments.lpa.tables --table=6 --jobs=2                             2 cores
     python -m experiments.lpa.tables --table=3 --scale=gpu --seeds=2                one H200
     python -m experiments.lpa.tables --table=3 --scale=paper --nproc_per_node=8     as in the paper
-    python -m experiments.lpa.tables --table=8 --scale=paper --dry_run              only list the runs and their hours
     python -m experiments.lpa.tables --table=size                                   from which size on is LPA better?
 
 For each model, short runs of seed 1 try the learning rates; then all seeds run with the best one. Runs are those of
@@ -49,8 +48,6 @@ class Options:
     nproc_per_node: int = 1
     minutes: float | None = None
     """Stop cleanly after this time; the same command continues."""
-    dry_run: bool = False
-    """Print the runs with parameters, FLOPs and hours, and train nothing."""
     out_dir: Path = Path("out/lpa_tables")
     results: Path = Path("results")
 
@@ -59,9 +56,6 @@ def main(o: Options) -> None:
     rows = arms(o.table, o.scale)
     if not rows:
         raise UserError(f"table {o.table} has no runs at scale {o.scale}: its models have 3B parameters: --scale=paper")
-    if o.dry_run:
-        print(plan(o, rows))
-        return
     train(o, [run for row in rows for run in tuning_runs(o, row)])
     runs = [seed_runs(o, row) for row in rows]
     train(o, [run for seeds in zip(*runs) for run in seeds])
@@ -134,24 +128,6 @@ def seed_runs(o: Options, row: Arm) -> list[sweep.Run]:
 
 
 # --- Tables ------------------------------------------------------------------------------------------------------
-
-
-def plan(o: Options, rows: list[Arm]) -> str:
-    """Return the runs of a table with their parameters, tokens and hours."""
-    speed, total = SCALES[o.scale].flops_per_second, 0.0
-    lines = [f"{'setting':10}{'model':14}{'parameters':>15}{'paper':>8}{'tokens':>16}{'rates':>7}{'hours':>10}"]
-    for row in rows:
-        arguments, rates = arguments_of(o, row), len(rates_of(o, row))
-        c = load_config(arguments)
-        model, tokens = unallocated(c.gpt), c.max_steps * c.tokens_per_step
-        runs = o.seeds + (rates * share_of(o) if rates > 1 else 0)
-        hours = runs * 3 * model.flops_per_token() * tokens / speed[c.dtype] / 3600
-        total += hours
-        name = f"{row.setting:10}{row.name:14}{model.n_params():15,}{row.printed or '-':>8}"
-        lines += [f"{name}{tokens:16,}{rates:7}{hours:10.2f}", f"{'':10}python train.py {shlex.join(arguments)}"]
-        lines += [f"{'':10}note: {row.note}"] if row.note else []
-    speeds = ", ".join(f"{flops:.2g} in {dtype}" for dtype, flops in speed.items())
-    return "\n".join([*lines, f"{total:.2f} hours of one device or thread that sustains {speeds} FLOP/s"])
 
 
 def markdown(o: Options, rows: list[Arm], runs: list[list[sweep.Run]]) -> str:

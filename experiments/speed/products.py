@@ -1,4 +1,4 @@
-"""Measure the CPU kernels of PyTorch and of lpa/cpu.py: float32 products by MKL and oneDNN, RMSNorm, attention.
+"""Measure the CPU kernels of PyTorch and of lpa/cpu.py: float32 products by MKL and oneDNN, and attention.
 
     python -m experiments.speed.products
 
@@ -48,13 +48,6 @@ def main(o: Options) -> None:
         products = ((x, weight.T), (grad, weight), (grad.T, x))
         cells = [rate(f, a, b, o.seconds) for a, b in products for f in (mkl, onednn)]
         lines.append(f"{shape} | {' | '.join(f'{cell:.0f}' for cell in cells)}")
-        print(lines[-1], flush=True)
-    lines += ["\nRMSNorm, forward and backward, ms at 2048 rows | F.rms_norm | lpa/cpu.py", "---|---|---"]
-    for width in (192, 1024):
-        x, weight = torch.randn(2048, width, requires_grad=True), torch.ones(width, requires_grad=True)
-        plain = both_passes_ms(lambda x=x, w=weight: F.rms_norm(x, w.shape, w, 1e-6), (x, weight), o.seconds)
-        ours = both_passes_ms(lambda x=x, w=weight: cpu.RMSNorm.apply(x, w, 1e-6), (x, weight), o.seconds)
-        lines.append(f"{width} | {plain:.2f} | {ours:.2f}")
         print(lines[-1], flush=True)
     lines += ["\nCausal attention in bfloat16, forward and backward, ms | fused | unfused", "---|---|---"]
     for B, H, T in ((8, 3, 256), (1, 16, 512), (2, 12, 1024)):
