@@ -1,12 +1,10 @@
-"""Pretrain a GPT on shards of tokens. Read `pretrain` and `train_step` first; importing this file does nothing.
+"""Pretrain a GPT on shards of tokens. Read `pretrain` and `train_step` first.
 
     python train.py config/lpa_cpu.py                                       one process, CPU or one GPU
     torchrun --nproc_per_node=8 train.py config/lpa_370m.py                 many GPUs of one machine
     torchrun --nproc_per_node=8 train.py config/lpa_3b.py --shard           the model sharded over them (FSDP)
     torchrun --nproc_per_node=2 train.py config/lpa_cpu.py --device=cpu     two processes on a CPU, over gloo
     python train.py config/lpa_cpu.py --max_steps=5000 --resume             continue from the last checkpoint
-    python train.py config/lpa_cpu.py --init_from=out/dense_cpu             start with that model's weights, truncated
-    python train.py config/mine.py --init_from=gpt2                         or a Hugging Face model's
 
 A run writes out/RUN/config.json, log.jsonl (a line per logged step and evaluation) and ckpt/ (see lpa/checkpoint.py).
 SIGTERM, Ctrl-C and max_hours save, write out/RUN/stopped.json and exit with code 0.
@@ -16,11 +14,14 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # CPU threads that wait soon leave their core to other programs
 
 import numpy as np
 import torch

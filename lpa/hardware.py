@@ -56,8 +56,8 @@ def keep_freed_memory(device: torch.device) -> None:
 def choose_dtype(dtype: Dtype, device: torch.device) -> Dtype:
     """Return the precision. 'auto': bfloat16 on a GPU that has it and on a CPU that multiplies it faster, else float32.
 
-    A CPU with bfloat16 units reaches 4 times its float32 rate; without them, a hundredth. No flag shows this on all
-    systems, so a product of 256 x 256 is timed.
+    A CPU with bfloat16 units reaches 2 to 4 times its float32 rate; without them, a hundredth. No flag shows this on
+    all systems, so a product of 512 x 512 is timed. With a smaller one, the time to wake the threads would decide.
     """
     if dtype != "auto":
         return dtype
@@ -65,7 +65,7 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> Dtype:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "mps":
         return "float32"
-    rates = {name: matmul_rate(device, name, seconds=0.05, n=256) for name in ("float32", "bfloat16")}
+    rates = {name: matmul_rate(device, name, seconds=0.1, n=512) for name in ("float32", "bfloat16")}
     return "bfloat16" if rates["bfloat16"] > 1.5 * rates["float32"] else "float32"
 
 

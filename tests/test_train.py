@@ -725,8 +725,16 @@ def test_a_wandb_that_does_not_start_is_one_line(
     assert str(error.value) == f"wandb did not start; WANDB_MODE=offline needs no account: {said}"
 
 
-def test_importing_train_does_nothing() -> None:
+def test_importing_train_prints_nothing() -> None:
     assert run("-c", "import train, bench, sample, eval, export, lpa.hf, lpa.planning, lpa.init_from").stdout == ""
+
+
+def test_threads_wait_as_the_user_says_or_else_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    show = "import os, train; print(os.environ['GOMP_SPINCOUNT'])"
+    assert run("-c", show).stdout == "10000\n"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert run("-c", show).stdout == "7\n"
 
 
 def test_presets_load_and_their_twins_are_dense() -> None:
