@@ -1,6 +1,6 @@
 """Train a small LPA model for a few minutes, let it write, and compare it with its dense twin: make demo.
 
-    python -m experiments.demo --minutes=3
+    python -m experiments.demo --minutes=3.7
 
 Times a training step on this machine, fixes the number of steps that fit, and runs other commands of this project with
 it. Each is printed, and you can run it by hand. Where the time is enough for 3,600 steps of both, the dense twin is
@@ -31,14 +31,14 @@ ENOUGH = 3600  # steps in which lpa_cpu learns to write code that looks right
 
 @dataclass(frozen=True)
 class Options:
-    minutes: float = 3.0
+    minutes: float = 3.7
     """Of training."""
     out: Path = Path("out/demo")
 
 
 def main(o: Options) -> None:
     for preset, steps in planned_steps(o).items():
-        run(f"train.py config/{preset}.py --max_steps={steps} --out_dir={o.out / preset} --resume=auto")
+        run(f"train.py config/{preset}.py --max_steps={steps} --log_interval=10 --out_dir={o.out / preset} --resume=auto")
     run(f"sample.py {o.out}/lpa_cpu --prompt='def ' --max_new_tokens=600")
     run("bench.py config/lpa_cpu.py --mode=train --pairs=7")
     runs = " ".join(str(o.out / preset) for preset in planned_steps(o))

@@ -127,7 +127,7 @@ def test_the_commands_of_the_demo_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.loads((tmp_path / "steps.json").read_text()) == {"lpa_cpu": 3600}
     assert (tmp_path / "curves.png").exists()
     written = capfd.readouterr().out
-    assert f"train.py config/lpa_cpu.py --max_steps=3600 --out_dir={tmp_path}/lpa_cpu" in written
+    assert f"train.py config/lpa_cpu.py --max_steps=3600 --log_interval=10 --out_dir={tmp_path}/lpa_cpu" in written
     for script in less:
         assert f"python {script} " in README
     times["lpa_cpu"] = [1.0]

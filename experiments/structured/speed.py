@@ -48,7 +48,7 @@ def main(o: Options) -> None:
     device = hardware.choose_device()
     hardware.keep_freed_memory(device)  # as train.py does
     if device.type == "cpu":
-        cpu.install(load_config([f"--n_embd={max(o.widths)}", f"--dtype={o.dtype}"]))
+        cpu.install(load_config([f"--n_embd={max(o.widths)}", "--n_head=1", f"--dtype={o.dtype}"]))
     on = f"torch {torch.__version__}, {hardware.describe(device)}, {datetime.date.today()}, {o.dtype}."
     command = f"python -m experiments.structured.speed {shlex.join(sys.argv[1:])}".rstrip()
     lines = [f"# Structured feed-forwards: {o.part}\n", on, f"Command: `{command}`\n"]
