@@ -38,7 +38,8 @@ class Options:
 
 def main(o: Options) -> None:
     for preset, steps in planned_steps(o).items():
-        run(f"train.py config/{preset}.py --max_steps={steps} --log_interval=10 --out_dir={o.out / preset} --resume=auto")
+        how = f"--max_steps={steps} --log_interval=10 --out_dir={o.out / preset} --resume=auto"
+        run(f"train.py config/{preset}.py {how}")
     run(f"sample.py {o.out}/lpa_cpu --prompt='def ' --max_new_tokens=600")
     run("bench.py config/lpa_cpu.py --mode=train --pairs=7")
     runs = " ".join(str(o.out / preset) for preset in planned_steps(o))
@@ -52,7 +53,6 @@ def planned_steps(o: Options) -> dict[str, int]:
         return json.loads(path.read_text())
     train.prepare_missing("pystdlib")
     device = hardware.choose_device()
-    hardware.keep_freed_memory(device)
     works = {preset: training_step(preset, device) for preset in ("lpa_cpu", "dense_cpu")}
     bench.alternate(works, 3, device)  # warm up
     ms = {preset: statistics.median(times) for preset, times in bench.alternate(works, 20, device).items()}
