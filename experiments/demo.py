@@ -2,19 +2,18 @@
 
     python -m experiments.demo --minutes=3.7
 
-Times a training step on this machine, fixes the number of steps that fit, and runs other commands of this project with
-it. Each is printed, and you can run it by hand. Where the time is enough for 3,600 steps of both, the dense twin is
-trained, too. The number of steps is kept: the same command continues a demo that was stopped.
+Times a training step here, fixes the number of steps that fit, and runs commands that it prints: you can run each by
+hand. Where the time is enough for 3,600 steps of both, the dense twin is trained, too. The number of steps is kept: the
+same command continues a demo that was stopped.
 """
 
-import dataclasses
 import json
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,6 +52,7 @@ def planned_steps(o: Options) -> dict[str, int]:
         return json.loads(path.read_text())
     train.prepare_missing("pystdlib")
     device = hardware.choose_device()
+    hardware.keep_freed_memory(device)  # as train.py does
     works = {preset: training_step(preset, device) for preset in ("lpa_cpu", "dense_cpu")}
     bench.alternate(works, 3, device)  # warm up
     ms = {preset: statistics.median(times) for preset, times in bench.alternate(works, 20, device).items()}
@@ -68,7 +68,7 @@ def training_step(preset: str, device: torch.device) -> Callable[[], None]:
     """Return a step of a preset on random tokens."""
     c = load_config([f"config/{preset}.py"])
     c = train.with_vocabulary(c, data.open_corpus(c.dataset, "train"))
-    c = dataclasses.replace(c, dtype=hardware.choose_dtype(c.dtype, device))
+    c = replace(c, dtype=hardware.choose_dtype(c.dtype, device))
     with device:
         model = GPT(c.gpt, c.seed)
         x = torch.randint(len(model.lm_head.weight), (c.batch_size, c.gpt.block_size))  # (B, T)
