@@ -142,7 +142,7 @@ def running_mean(x: np.ndarray, y: np.ndarray, width: float) -> np.ndarray:
 def as_text(o: Options, curves: list[Curve]) -> str:
     """Return the curves as columns, at eight places along x."""
     lines = [[o.x, *(curve.name or Y[o.y] for curve in curves)]]
-    for x in np.linspace(0, max(curve.x[-1] for curve in curves), 9)[1:]:
+    for x in np.linspace(min(curve.x[0] for curve in curves), max(curve.x[-1] for curve in curves), 8):
         ys = [f"{np.interp(x, c.x, c.y):.4f}" if c.x[0] <= x <= c.x[-1] else "-" for c in curves]
         lines.append([f"{x:,.4g}" if o.x == "flops" else f"{x:,.0f}", *ys])
     return aligned(lines)

@@ -175,3 +175,13 @@ def test_without_matplotlib_the_message_names_the_install_line(tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install 'matplotlib"):
         plot.main(options(run, f"--out={tmp_path}/curves"))
+
+
+def test_curves_as_text_stand_in_columns() -> None:
+    x = np.linspace(0.0, 700.0, 50)
+    long, short = (plot.Curve(name, xs, xs / 100, xs, xs) for name, xs in (("long", x), ("short one", x[:26])))
+    lines = plot.as_text(plot.Options(runs=(Path("a"), Path("b"))), [long, short]).splitlines()
+    assert lines[0].split() == ["tokens", "long", "short", "one"]
+    assert [line.split() for line in lines[1:]] == [
+        [str(100 * i), f"{i:.4f}", f"{i:.4f}" if i < 4 else "-"] for i in range(8)
+    ]
