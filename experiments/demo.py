@@ -1,6 +1,6 @@
 """Train a small LPA model for a few minutes, let it write, and compare it with its dense twin: make demo.
 
-    python -m experiments.demo --minutes=3.7
+    python -m experiments.demo --minutes=3
 
 Times a training step here, fixes the number of steps that fit, and runs commands that it prints: you can run each by
 hand. Where the time is enough for 3,600 steps of both, the dense twin is trained, too. The number of steps is kept: the
@@ -30,7 +30,7 @@ ENOUGH = 3600  # steps in which lpa_cpu learns to write code that looks right
 
 @dataclass(frozen=True)
 class Options:
-    minutes: float = 3.7
+    minutes: float = 3.0
     """Of training."""
     out: Path = Path("out/demo")
 
