@@ -134,7 +134,7 @@ def hub_rows(dataset: str, subset: str | None, split: str, streaming: bool = Fal
     except ImportError:
         raise UserError(f"reading {dataset} from the hub needs: pip install datasets; or give local files") from None
     try:
-        yield from datasets.load_dataset(dataset, subset, split=split, streaming=streaming)
+        yield from datasets.load_dataset(dataset, subset, split=split, streaming=streaming)  # pyrefly: ignore
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot read {dataset} from the hub ({type(error).__name__}); try again, or give local files"
